@@ -1,6 +1,7 @@
 """Develop a picture, then another one that begins from a step of the first, with another prompt.
 
-Steps at 10, 20, 30, 40 and 50 % of the way are kept; a branch begins from the last kept one up to the step it names.
+The server keeps the steps at 10, 20, 30, 40 and 50 % of the way. A branch begins from the last kept step that is not
+after the step it names.
 """
 
 import asyncio

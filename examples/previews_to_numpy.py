@@ -1,4 +1,4 @@
-"""Receive the preview of every step as an array of pixels, and print how much each differs from the one before."""
+"""Receive the preview of every step as an array of pixels, and print how much each differs from the previous one."""
 
 import asyncio
 import sys

@@ -1,8 +1,8 @@
-"""Lose the connection in the middle of a generation, and go on from the same step over a new one.
+"""Lose the connection in the middle of a generation, and continue from the same step over a new connection.
 
-`Client.generate` does this by itself when a connection is lost. Here it is done by hand, with the calls of the
-contract, as a client in another language would: remember the generation's name and the last sequence number, then
-watch.
+`Client.generate` does this by itself when a connection is lost. This example does it by hand, with plain gRPC calls, as
+a client in another language would: remember the generation's name and the last sequence number, then call
+WatchGeneration.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from safelight.v1 import generation_pb2 as pb
 
 
 async def begin(target: str) -> tuple[str, int]:
-    """Begins a generation and cuts the connection after its fifth step; its name and the last sequence number seen."""
+    """Starts a generation and cuts the connection after its fifth step; returns its name and last sequence number."""
     request = pb.GenerateRequest(request_id=str(uuid.uuid4()), spec=pb.GenerationSpec(prompt="a green leaf"))
     name, sequence = "", 0
     async with safelight.Client(target) as client:
@@ -28,7 +28,7 @@ async def begin(target: str) -> tuple[str, int]:
 
 
 async def resume(target: str, name: str, sequence: int) -> bytes:
-    """Watches the rest of a generation; its picture."""
+    """Watches the rest of a generation and returns its picture."""
     picture, first = b"", True
     async with safelight.Client(target) as client:
         watch = pb.WatchGenerationRequest(name=name, after_sequence=sequence)

@@ -1,4 +1,4 @@
-"""Ask for a picture and save it."""
+"""Request a picture and save it."""
 
 import asyncio
 import sys

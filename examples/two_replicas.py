@@ -1,4 +1,4 @@
-"""Start a Redis and two servers, kill the server that runs a generation, and see the other one go on with it.
+"""Start a Redis and two servers, kill the server that runs a generation, and watch the other server continue it.
 
 Needs redis-server and the environment that `make setup` makes. All servers listen on loopback, with the simulated
 runtime, whose pictures are noise; give another runtime as the argument. The program ends only what it has started.
@@ -21,7 +21,7 @@ import safelight
 
 SAFELIGHT = Path(sys.executable).with_name("safelight")
 LEASE_TTL_S = 2.0
-"""How long a replica may be silent before another takes over what it has."""
+"""Time in seconds after which another replica takes over the generations of a silent one."""
 
 
 def free_port() -> int:
@@ -44,7 +44,7 @@ def start_redis(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def write_keys(path: Path) -> None:
-    """The keys that seal what lies in Redis: the same file at all replicas."""
+    """Writes the keys that encrypt entries in Redis. All replicas use the same file."""
     lines = [f"{name} {base64.b64encode(secrets.token_bytes(32)).decode()}\n" for name in ("names", "k1")]
     path.write_text("".join(lines))
     path.chmod(0o600)
@@ -89,7 +89,7 @@ async def main(runtime: str = "simulated") -> None:
         await asyncio.gather(ready(address), ready(other))
         print(f"redis-server {redis.pid}, safelight {first.pid} at {address}, safelight {second.pid} at {other}")
 
-        async with safelight.Client([address, other]) as client:  # asks the first one as long as it is there
+        async with safelight.Client([address, other]) as client:  # uses the first one while it answers
             async for event in client.generate("a silver sword", seed=5, steps=40):
                 if isinstance(event, safelight.Progress):
                     if event.step >= 10 and first.poll() is None:

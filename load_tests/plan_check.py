@@ -1,7 +1,7 @@
-"""`python -m load_tests.plan_check`: compares what `safelight plan` expects with a run of the simulated runtime.
+"""`python -m load_tests.plan_check` compares the predictions of `safelight plan` with runs of the simulated runtime.
 
-A server with one instance gets Poisson arrivals at shares of what the plan says it can do. The server times the first
-preview, from acceptance (`Timings.first_preview`), as the plan counts it.
+A server with one instance gets Poisson arrivals at several shares of the capacity that the plan predicts. Times of
+first previews are the server's (`Timings.first_preview`, from acceptance), like those of the plan.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from load_tests.bench.arrivals import schedule
 
 STEPS = 20
 BASE_MS, ROW_MS = 200.0, 10.0
-"""Slow, so that the time of the server's own work, on whatever machine, counts little."""
+"""Seconds of a denoiser call. Long, so that the server's own work counts little on any machine."""
 MAX_ROWS = 64
 OTHERS = 0.1
-"""A call of another component costs a tenth (runtime/simulated.py)."""
+"""A call of another component takes a tenth of that (runtime/simulated.py)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was expected and what was measured, in seconds."""
+    """Predictions and measurements, in seconds."""
 
     utilization: float
     images_per_s: float
@@ -46,19 +46,19 @@ class Comparison:
 
 
 def times() -> ModelTimes:
-    """The times that the simulated runtime says of itself."""
+    """The simulated runtime's times, as the plan takes them."""
     first, last = (BASE_MS + ROW_MS) / 1e3, (BASE_MS + MAX_ROWS * ROW_MS) / 1e3
     return ModelTimes(CallTimes((1, MAX_ROWS), (first, last)), OTHERS * first, OTHERS * first)
 
 
 def at_utilization(share: float) -> PlannedLoad:
-    """The load at which an instance is busy for this share of what it can do."""
+    """The load at which an instance is busy for this share of the time."""
     full = expect([PlannedLoad("simulated", 1.0, STEPS, 1)], {"simulated": times()}, 1.0).utilization
     return PlannedLoad("simulated", share / full, STEPS, 1)
 
 
 async def measure(share: float, seconds: float, seed: int) -> Comparison:
-    """Runs a server under a load of this utilization for so long."""
+    """Runs a server under a load of this utilization for `seconds`."""
     planned = at_utilization(share)
     expected = expect([planned], {"simulated": times()}, 1.0)
     settings = load(
@@ -75,7 +75,7 @@ async def measure(share: float, seconds: float, seed: int) -> Comparison:
 
         async def ask(at: float, number: int) -> None:
             await asyncio.sleep(at)
-            words = f"picture {number}"  # each has its own prompt, so that each is encoded
+            words = f"picture {number}"  # a different prompt each, so that each is encoded
             developing = client.generate(
                 words, seed=number, steps=STEPS, cache="bypass", priority=pb.PRIORITY_INTERACTIVE
             )
@@ -102,12 +102,12 @@ async def measure(share: float, seconds: float, seed: int) -> Comparison:
 
 
 async def compare(seconds: float) -> list[Comparison]:
-    """Measures at several utilizations, each with a server of its own, all at once: they sleep for most of the time."""
+    """Measures at several utilizations at once, with a server for each; the servers mostly sleep."""
     return await asyncio.gather(*(measure(share, seconds, seed) for seed, share in enumerate((0.2, 0.4, 0.6, 0.8))))
 
 
 def main() -> None:
-    """Prints a table, and writes the figures where asked."""
+    """Prints a table, and writes the figures to a file if the command line names one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90.0, help="of the loads")
     parser.add_argument("--out", type=Path, help="JSON file to write")

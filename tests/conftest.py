@@ -30,27 +30,27 @@ except ImportError:  # the training environment has no server dependencies; its 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Temporary files of the tests and of the processes that they start are in a folder that goes when the tests end.
+    """Puts temporary files of the tests and of their processes into a folder that is removed when the tests end.
 
-    Some are killed before they could remove their own: Triton's stubs, for one, never do.
+    Some processes are killed before they can remove their own files; Triton's stubs never remove theirs.
     """
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path of a failed test stays
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # keeps tmp_path of a failed test
     folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="safelight-tests-")
-    tempfile.tempdir = None  # it is looked up anew
+    tempfile.tempdir = None  # so that Python looks it up again
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The loop that the server runs on: asyncio's takes what uvloop refuses."""
+    """Runs tests on uvloop, as the server does: asyncio's own loop accepts some calls that uvloop refuses."""
     return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
-    """Ends a test whose time is up by cancelling all tasks, again and again if need be.
+    """Ends an overdue test by cancelling all its tasks, repeatedly if necessary.
 
-    pytest-timeout raises out of the signal, into whatever runs then: within uvloop that has crashed the process.
-    Here that is done only where no loop runs, or where the loop does not hear the cancelling.
+    pytest-timeout raises an exception from the signal handler, which within uvloop has crashed the process. Here that
+    is done only if no loop runs, or if the loop does not react to the cancellation.
     """
     time_is_up = f"{item.nodeid}: its time is up, {settings.timeout} s"
     heard = True
@@ -86,27 +86,27 @@ hypothesis.settings.load_profile("safelight")
 
 MODELS = Path(__file__).parent.parent / "models"
 CANCEL_EVERY_S = 10.0
-"""A test whose time is up."""
+"""Set when a test is overdue."""
 Start = Callable[..., "AbstractAsyncContextManager[Running]"]
 
 
 @pytest.fixture
 def start() -> Start:
-    """Starts a real server of this process on a free port; settings as keywords."""
+    """Starts a real server in this process on a free port; settings are keyword arguments."""
 
     return serving_here
 
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """An empty folder whose path leaves room for the name of a unix socket: both have 107 bytes at most."""
+    """An empty folder with a short path, since the path of a Unix socket has at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="safelight-", dir="/tmp") as folder:
         yield Path(folder)
 
 
 @asynccontextmanager
 async def serving_here(*, wall: Callable[[], float] = time.time, **settings: object) -> AsyncIterator[Running]:
-    """A real server of this process on a free port; `wall`: the clock of its machine."""
+    """Runs a real server in this process on a free port; `wall` is its machine's clock."""
     given = {"port": 0, "models_dir": MODELS, "log_level": "error"} | settings
     async with serving(load(**given), wall) as running:
         yield running

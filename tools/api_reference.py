@@ -25,7 +25,7 @@ from grpc_tools import protoc
 PROTO = Path(__file__).parent.parent / "proto"
 PACKAGE = "safelight.v1"
 SYNTAX, SERVICES, MESSAGES, ENUMS = 12, 6, 4, 5
-"""Numbers of these fields in FileDescriptorProto: paths into its source info begin with them."""
+"""Field numbers in FileDescriptorProto, with which the paths in its source info begin."""
 
 Path_ = tuple[int, ...]
 Comments = Mapping[Path_, str]
@@ -35,7 +35,7 @@ def load(folder: Path = PROTO) -> list[FileDescriptorProto]:
     """Compiles our proto files, with their comments.
 
     Raises:
-        ValueError: they do not compile; protoc has said why.
+        ValueError: they do not compile; protoc has printed the errors.
     """
     ours = sorted(str(path.relative_to(folder)) for path in (folder / "safelight").rglob("*.proto"))
     well_known = importlib.resources.files("grpc_tools") / "_proto"
@@ -48,7 +48,7 @@ def load(folder: Path = PROTO) -> list[FileDescriptorProto]:
 
 
 def pages(files: Iterable[FileDescriptorProto]) -> dict[str, str]:
-    """Markdown pages by the stem of the proto file's name, such as "generation"."""
+    """Renders Markdown pages, by the stem of the proto file's name, such as "generation"."""
     files = list(files)
     where = {name: Path(file.name).stem for file in files for name, _, _ in _types(file)}
     return {Path(file.name).stem: _page(file, where) for file in files}
@@ -70,7 +70,7 @@ def _page(file: FileDescriptorProto, where: Mapping[str, str]) -> str:
 
 
 def _types(file: FileDescriptorProto) -> Iterator[tuple[str, DescriptorProto | EnumDescriptorProto, Path_]]:
-    """All messages and enums with their names in the package, nested ones after the message that they are in."""
+    """All messages and enums with their names in the package; nested ones follow the message that contains them."""
     for index, message in enumerate(file.message_type):
         yield from _nested(message.name, message, (MESSAGES, index))
     for index, enum in enumerate(file.enum_type):

@@ -1,9 +1,9 @@
-"""Packs the Blender add-on, with the Python client and what it needs, into a zip that Blender installs.
+"""Packs the Blender add-on, with the Python client and its dependencies, into a zip that Blender installs.
 
     python tools/blender_addon.py [--platform linux|windows|macos] [--python-version 3.11]
 
-Blender has a Python of its own and no pip that its users would call, so the packages lie in the add-on, with their
-licences. gRPC is a binary: a zip is for one platform and one version of Python. Prints where the zip is.
+Blender has a Python of its own, and its users do not run pip, so the add-on contains the packages with their licences.
+gRPC is a compiled extension, so a zip is for one platform and one version of Python. Prints the path of the zip.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LEFT_OUT = {".pyi", ".pyc"}
 
 
 def pack(platform: str, python_version: str, folder: Path) -> Path:
-    """Writes the zip into a folder; its path.
+    """Writes the zip into a folder and returns its path.
 
     Raises:
-        subprocess.CalledProcessError: the packages cannot be had for that platform and version.
+        subprocess.CalledProcessError: a package is not available for that platform and version.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"safelight-blender-{platform}-python{python_version}.zip"
@@ -45,7 +45,7 @@ def pack(platform: str, python_version: str, folder: Path) -> Path:
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """What is packed of a folder."""
+    """The files of a folder that are packed."""
     for file in sorted(folder.rglob("*")):
         top = file.relative_to(folder).parts[0]
         if file.is_file() and file.suffix not in LEFT_OUT and top not in ("bin", ".lock"):

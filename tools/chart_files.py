@@ -1,4 +1,4 @@
-"""Writes what in the Helm chart follows from elsewhere; `make generate` runs it.
+"""Writes the generated parts of the Helm chart; `make generate` runs it.
 
 The names of the server's settings go into values.schema.json, so that helm refuses one that is misspelt. README.md is
 made from the schema's descriptions and the defaults of values.yaml.
@@ -41,7 +41,7 @@ CHARTS_OWN = {
     *("triton_url", "triton_shared_memory", "triton_instances", "otlp_endpoint", "otlp_headers"),
     *("cache_key_file", "cache_disk_dir", "cache_disk_bytes", "cache_s3_url"),
 }
-"""Settings that the chart's other values decide."""
+"""Settings that other values of the chart set, so that `settings` may not."""
 HEAD = """# The chart safelight
 
 How to get from nothing to a picture on a cluster: [deploy/README.md](../../README.md). Profiles are in `profiles/`.
@@ -55,14 +55,14 @@ not here. Names and defaults:
 
 
 def schema() -> str:
-    """values.schema.json with the names of the settings of today."""
+    """values.schema.json with the names of the server's present settings."""
     found = json.loads((CHART / "values.schema.json").read_text())
     found["properties"]["settings"]["propertyNames"]["enum"] = sorted(Settings.model_fields.keys() - CHARTS_OWN)
     return json.dumps(found, indent=2) + "\n"
 
 
 def readme(found: str) -> str:
-    """The chart's page; `found` is its schema."""
+    """README.md of the chart, from its schema `found`."""
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     rows = [
         f"| `{name}` | {default} | {meaning} |"
@@ -86,7 +86,7 @@ def _values(prefix: str, properties: Mapping[str, Any], defaults: Any) -> Iterat
 
 
 def main() -> None:
-    """Writes both files into the chart, or into the folder that is given."""
+    """Writes both files into the chart, or into the folder that the command line names."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else CHART
     found = schema()
     (folder / "values.schema.json").write_text(found)

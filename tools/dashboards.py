@@ -27,7 +27,7 @@ USUAL = f"job:safelight_requests_season:mean{{{J}}}"
 
 @dataclass(frozen=True)
 class Panel:
-    """One graph: title, Grafana's name of its unit, queries by legend, what to make of it, whether it goes below 0."""
+    """One graph: title, Grafana's name of its unit, queries by legend, explanation, whether values can be negative."""
 
     title: str
     unit: str
@@ -40,24 +40,24 @@ Rows = Mapping[str, Sequence[Panel]]
 
 
 def rate(metric: str, by: str, labels: str = "") -> str:
-    """The rate of a counter, summed by labels."""
+    """PromQL: the rate of a counter, summed by labels."""
     return f"sum by ({by}) (rate({metric}{{{J}{labels and ', ' + labels}}}{RATE}))"
 
 
 def quantile(share: float, metric: str, by: str = "") -> str:
-    """A quantile of a histogram, by labels."""
+    """PromQL: a quantile of a histogram, by labels."""
     labels = f"{by}, le" if by else "le"
     return f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket{{{J}}}{RATE})))"
 
 
 def quantiles(metric: str, by: str = "") -> dict[str, str]:
-    """Median and p99 of a histogram, by a label."""
+    """PromQL: median and p99 of a histogram, by a label."""
     legend = f"{{{{{by}}}}} " if by else ""
     return {f"{legend}p50": quantile(0.5, metric, by), f"{legend}p99": quantile(0.99, metric, by)}
 
 
 def mean(metric: str, by: str) -> str:
-    """The mean of a histogram, by labels."""
+    """PromQL: the mean of a histogram, by labels."""
     return f"{rate(metric + '_sum', by)} / {rate(metric + '_count', by)}"
 
 
@@ -398,7 +398,7 @@ DASHBOARDS: Mapping[str, tuple[str, Rows]] = {
 
 
 def dashboard(name: str) -> str:
-    """A dashboard, as JSON that Grafana imports."""
+    """Renders a dashboard as JSON that Grafana imports."""
     title, rows = DASHBOARDS[name]
     built = (
         Dashboard(title)
@@ -429,7 +429,7 @@ def dashboard(name: str) -> str:
 
 
 def graph(panel: Panel, place: GridPos) -> TimeSeries:
-    """A panel, at its place in the grid of 24 columns."""
+    """Makes a panel at its place in the grid of 24 columns."""
     legend = VizLegendOptions().show_legend(True).display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
     drawn = TimeSeries().title(panel.title).description(panel.about).unit(panel.unit).datasource(SOURCE)
     drawn = drawn.grid_pos(place).legend(legend).fill_opacity(10)
@@ -441,7 +441,7 @@ def graph(panel: Panel, place: GridPos) -> TimeSeries:
 
 
 def main() -> None:
-    """Writes all dashboards into the folder that is given."""
+    """Writes all dashboards into the folder that the command line names."""
     for name in DASHBOARDS:
         (Path(sys.argv[1]) / f"{name}.json").write_text(dashboard(name))
 

@@ -1,4 +1,4 @@
-"""`make mutate`: each deliberate break in tests/mutations/ must turn its test red.
+"""`make mutate`: each deliberate fault in tests/mutations/ must make its test fail ("turn red").
 
 A patch's first line names the test: `# test: tests/unit/test_x.py::test_name`.
 An argument (`make mutate ONLY=scheduler-`) runs the patches whose names contain it.
@@ -9,10 +9,10 @@ of hard links of its own, in which only the patched files are copies. The tests
 first pass without a patch, a fork for each file; that measures the time that a
 test may take with a patch.
 
-Red is a test that failed: a test that could not be set up says nothing of its
-rule, nor does one that had to be killed. What is not red is tried once more,
-alone, at the end: a break that shows on most runs only is named as such, and
-what never turned red comes last, with what was printed.
+Red means that the test itself failed. A test whose set-up failed, or that had to
+be killed, proves nothing. A patch whose test was not red is tried once more at the
+end, while no other test runs: if it is red then, it is listed as a fault that shows
+on some runs only. Patches that never turned red are listed last, with the output.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "out" / "mutate"
 BASE = SCRATCH / "base"
-"""A copy of the working tree, to which the trees of forks are linked: edits made meanwhile change no run."""
+"""A copy of the working tree, to which the trees of forks are linked, so that edits made meanwhile have no effect."""
 COPIED = ("server", "clients", "tests", "tools/clients", "training", "load_tests", "deploy", "pyproject.toml")
 LINKED = ("models",)
 LEFT_OUT = ("mutations", "node_modules", "target", "dist", "*.pyc.*")
-"""What no test of a patch reads, and what CI may be writing meanwhile: builds of clients, compiled files."""
+"""Files that no test of a patch reads and that CI may be writing meanwhile: builds of clients, compiled files."""
 OURS = {"safelight", "safelight_server", "tests", "tools", "load_tests", "training"}
 """Packages that a patch may change: each fork imports them from its own tree."""
 TESTED = ("server", "clients", "tests/unit", "tests/integration", "tests/redis", "tests/support")
-UNSAFE_BEFORE_FORK = {"onnxruntime"}  # starts a thread when it is imported, which no fork would have
+UNSAFE_BEFORE_FORK = {"onnxruntime"}  # its import starts a thread, which a fork would not have
 
 LEAST_LIMIT_S = 8.0
 LIMIT_FACTOR = 5.0
-"""A patched test may take so many times what it takes without the patch."""
+"""A patched test may take this many times as long as without the patch."""
 GREEN_LIMIT_S = 60.0
 GRACE_S = 45.0
-"""A test whose time is up is cancelled, every ten seconds (tests/conftest.py); at last its fork is killed."""
+"""Seconds until the fork of an overdue test is killed; before, tests/conftest.py cancels the test repeatedly."""
 NUM_AT_ONCE = 3 * len(os.sched_getaffinity(0))
 TAIL = 4000
-"""Characters of what a test printed that are shown where it is not red."""
+"""Most characters of a test's output that are shown if it is not red."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Tests to run in a fork, each for `limit_s` at most, with `patch` or without any."""
+    """Tests to run in a fork, each for at most `limit_s`, with `patch` or without a patch."""
 
     name: str
     tests: tuple[str, ...]
@@ -76,17 +76,17 @@ class Job:
 
     @property
     def tree(self) -> Path:
-        """Where it runs."""
+        """The folder in which it runs."""
         return SCRATCH / self.name
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
         outcome: "red", "GREEN", "hung", "does not apply", or "error N" with pytest's exit code.
-        passed_s: the seconds that each test would take alone, of those that passed.
+        passed_s: for each test that passed, the seconds that it would take alone.
     """
 
     outcome: str
@@ -96,7 +96,7 @@ class Result:
 
 
 class Durations:
-    """A plugin of pytest that writes what each passed test took, with its set-up, to a JSON file."""
+    """A pytest plugin that writes the durations of passed tests, including their set-up, to a JSON file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -105,7 +105,7 @@ class Durations:
         self._not_passed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Counts a case for itself and for its test: a patch names either."""
+        """Adds the time to the case and to its test, since a patch may name either."""
         if report.when == "setup":
             self._set_up_s = max(self._set_up_s, report.duration)
         for test in {report.nodeid, report.nodeid.split("[")[0]}:
@@ -114,21 +114,21 @@ class Durations:
                 self._not_passed.add(test)
 
     def pytest_sessionfinish(self) -> None:
-        """Writes the file. Alone, each test has to set up what those of its module share."""
+        """Writes the file. Each time includes the module's shared set-up, which a test that runs alone needs too."""
         took_s = {test: took_s + self._set_up_s for test, took_s in self._took_s.items()}
         passed = {test: took_s[test] for test in took_s if test not in self._not_passed}
         self._path.write_text(json.dumps(passed))
 
 
 def main() -> int:
-    """Runs every patch; the exit code is 1 where one did not turn its test red."""
+    """Runs every patch; the exit code is 1 if one did not turn its test red."""
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     patches = [patch for patch in sorted((ROOT / "tests" / "mutations").glob("*.patch")) if only in patch.stem]
     shutil.rmtree(SCRATCH, ignore_errors=True)
     try:
         _copy_base()
         _import_third_party()
-        gc.freeze()  # a collection in a fork would copy the pages of all that is imported here
+        gc.freeze()  # a garbage collection in a fork would copy the pages of all imported modules
         return _run_patches(patches)
     finally:
         shutil.rmtree(SCRATCH, ignore_errors=True)
@@ -140,7 +140,7 @@ def _run_patches(patches: list[Path]) -> int:
         by_test[_test_of(patch)].append(patch)
     unseen: list[Path] = []
     jobs = deque(_green_jobs(by_test))
-    for job, result in _run(jobs, NUM_AT_ONCE):  # many wait for what never comes true
+    for job, result in _run(jobs, NUM_AT_ONCE):  # many patched tests only wait for a condition that never holds
         if job.patch is not None:
             _print(job, result)
             if result.outcome != "red":
@@ -232,7 +232,7 @@ def _is_late(job: Job, began: float) -> bool:
 
 
 def _end(pid: int) -> int | None:
-    """Ends a fork and every process that it started; returns its exit code, None where it had to be killed."""
+    """Ends a fork and every process that it started; returns its exit code, None if it had to be killed."""
     ended = _has_ended(pid)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -271,21 +271,21 @@ def _fork(job: Job) -> int:
     code = 70
     try:
         os.setsid()
-        with _log(job).open("wb") as log:  # a pipe would stay open as long as a process that the test left behind
+        with _log(job).open("wb") as log:  # not a pipe, which a process that the test left behind would keep open
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.chdir(job.tree)
         sys.dont_write_bytecode = job.patch is not None
         path = [str(job.tree / folder) for folder in ("server", "clients/python", ".")]
         sys.path[:0] = path
-        os.environ["PYTHONPATH"] = ":".join(path)  # of servers that the test starts
+        os.environ["PYTHONPATH"] = ":".join(path)  # for servers that the test starts
         tempfile.tempdir = os.environ["TMPDIR"] = str(job.tree / "temporary")
         job.tree.joinpath("temporary").mkdir()
         options = ["-q", "-p", "no:cacheprovider", "-p", "no:anyio", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         limits = ["--timeout", str(job.limit_s), "--basetemp", str(job.tree / "tmp")]
         plugins = [Durations(_durations(job))] if job.patch is None else []
         code = pytest.main([*options, *limits, *(["-x"] if job.patch else []), *job.tests], plugins)
-    except BaseException:  # noqa: BLE001  # nothing of a fork may go on as this program
+    except BaseException:  # noqa: BLE001  # a fork must never continue as the main program
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -306,7 +306,7 @@ def _copy_base() -> None:
 
 
 def _make_tree(job: Job) -> str | None:
-    """Links the tree of a job and patches it; returns what `patch` printed where it failed."""
+    """Makes the tree of a job from hard links and patches it; returns the output of `patch` if that failed."""
     shutil.rmtree(job.tree, ignore_errors=True)
     shutil.copytree(BASE, job.tree, copy_function=os.link)
     for name in LINKED:
@@ -317,16 +317,16 @@ def _make_tree(job: Job) -> str | None:
         file = job.tree / name
         file.unlink(missing_ok=True)
         if (BASE / name).exists():
-            shutil.copy2(BASE / name, file)  # not the linked file itself, which all others share
+            shutil.copy2(BASE / name, file)  # a copy, since all trees share the linked file
         for compiled in file.parent.glob(f"__pycache__/{file.stem}.*.pyc"):
-            compiled.unlink()  # a patched source of the same length and second would pass for the compiled one
+            compiled.unlink()  # it would count as current for a patched source of the same length and second
     command = ["patch", "-p1", "--silent", "--force", "-F0", "-i", str(job.patch)]
     applied = subprocess.run(command, cwd=job.tree, capture_output=True, text=True, check=False)
     return applied.stdout + applied.stderr if applied.returncode else None
 
 
 def _keep_compiled(job: Job) -> None:
-    """Lets later forks have the tests as pytest has compiled them for this one."""
+    """Keeps the tests that pytest has compiled in this fork, for later forks."""
     for compiled in (job.tree / "tests").rglob("*.pyc"):
         kept = BASE / compiled.relative_to(job.tree)
         kept.parent.mkdir(exist_ok=True)
@@ -335,7 +335,7 @@ def _keep_compiled(job: Job) -> None:
 
 
 def _import_third_party() -> None:
-    """Imports the plugins of pytest, and every module that the server or its tests import, so that forks need not."""
+    """Imports pytest's plugins, and third-party modules of the server and its tests, so that forks need not."""
     for plugin in entry_points(group="pytest11"):
         plugin.load()
     names = {name for folder in TESTED for path in (BASE / folder).rglob("*.py") for name in _imported(path)}

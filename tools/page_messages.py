@@ -1,6 +1,6 @@
-"""Writes the field numbers of the contract for the page's protobuf codec; `make generate` redirects it to messages.js.
+"""Writes the API's field numbers for the page's protobuf codec; `make generate` redirects its output to messages.js.
 
-Only the messages that the page sends and reads are in it, and what they contain.
+It contains only the messages that the page sends and receives, and the messages within them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ROOTS = (
     error_details_pb2.RetryInfo,
     error_details_pb2.BadRequest,
 )
-"""What the page sends and reads."""
+"""Messages that the page sends and receives."""
 
 
 def reached(descriptors: Iterator[Descriptor], seen: dict[str, Descriptor]) -> dict[str, Descriptor]:
-    """All messages that lie in others, by full name."""
+    """All messages that the given messages contain, by full name."""
     for descriptor in descriptors:
         if descriptor.full_name not in seen:
             seen[descriptor.full_name] = descriptor
@@ -38,7 +38,7 @@ def reached(descriptors: Iterator[Descriptor], seen: dict[str, Descriptor]) -> d
 
 
 def row(field: FieldDescriptor) -> str:
-    """A field: its number, its type (of an enum int32), and its label where it has one."""
+    """A field: its number, its type (an enum's is int32), and its label if it has one."""
     parts = [str(field.number), f'"{field.message_type.full_name if field.message_type else SCALARS[field.type]}"']
     if field.is_repeated:
         parts.append('"repeated"')
@@ -57,11 +57,11 @@ SCALARS = {
     FieldDescriptor.TYPE_INT64: "int64",
     FieldDescriptor.TYPE_UINT64: "uint64",
 }
-"""The types that the codec knows."""
+"""The types that the codec supports."""
 
 
 def module() -> str:
-    """The ES module."""
+    """Renders the ES module."""
     messages = reached((root.DESCRIPTOR for root in ROOTS), {})
     enums: dict[str, EnumDescriptor] = {}
     lines = [

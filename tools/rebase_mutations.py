@@ -1,7 +1,8 @@
-"""Rebases tests/mutations/*.patch onto the working tree: `rebase_mutations.py [COMMIT]`, at which all of them apply.
+"""Rebases tests/mutations/*.patch onto the working tree: `rebase_mutations.py [COMMIT]`.
 
-Each patch is applied to its files as they are in COMMIT (default: HEAD), the result is merged with the working tree by
-`git merge-file`, and the patch is written anew. Patches that apply as they are stay untouched. Exits 1 on a conflict.
+COMMIT is one at which all patches apply (default: HEAD). Each patch is applied to its files as of COMMIT, the result is
+merged with the working tree by `git merge-file`, and the patch is written again. Patches that still apply are not
+changed. Exits with 1 on a conflict.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
-    """Rebases what has to be; the exit code is 1 where a patch must be edited by hand."""
+    """Rebases the patches that no longer apply; the exit code is 1 if one must be edited by hand."""
     base = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
     renamed = _renamed(base)
     conflicts = 0
@@ -38,7 +39,7 @@ def _run(*command: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]
 
 
 def _renamed(base: str) -> dict[str, str]:
-    """Files that have other names now than in `base`."""
+    """Files that were renamed since `base`."""
     lines = _run("git", "diff", "-M30", "--name-status", "--diff-filter=R", base).stdout.splitlines()
     return {before: now for _, before, now in (line.split("\t") for line in lines)}
 

@@ -1,10 +1,10 @@
-"""Records the contact sheet while pictures develop, as an animated WebP.
+"""Records the contact sheet (the server's page) with its previews, as an animated WebP.
 
     make record     # writes docs/images/developing.webp
 
 It starts a server with the shipped model and Debian's Chromium, sends the form,
-and takes a screenshot after each preview has been shown. The times between frames
-are chosen for the eye: they are not those of the model.
+and takes a screenshot after each preview that is shown. The times between frames are
+chosen for viewers; they are not those of the model.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ NUM_STEPS = 40
 FRAME_MS, FIRST_MS, LAST_MS = 140, 900, 3000
 MAX_FRAMES = 60
 HEIGHT_PX, MARGIN_PX = 580, 16
-"""What is recorded: the pictures, without the form above them."""
+"""CSS selector of the recorded part: the pictures, without the form above them."""
 
 
 async def frames(running: Running) -> list[bytes]:
-    """Screenshots of the sheet, as PNG, from the form that is filled in to the pictures that are finished."""
+    """Takes screenshots of the sheet, as PNG, from the filled form to the finished pictures."""
     chromium = shutil.which("chromium")
     if chromium is None:
         sys.exit("chromium is needed: tools/install-system-packages")
@@ -89,7 +89,7 @@ def write(shots: list[bytes], path: Path) -> None:
 
 
 async def record(path: Path) -> None:
-    """Makes the recording."""
+    """Makes the recording and writes it to `path`."""
     async with serving(load(port=0, http_port=HTTP_PORT)) as running:
         shots = await frames(running)
     write(shots, path)

@@ -6,7 +6,7 @@ from safelight_server.settings import Settings
 
 
 def page() -> str:
-    """The page, in Markdown."""
+    """Renders the page in Markdown."""
     lines = [
         "# Settings",
         "",

@@ -1,17 +1,17 @@
 """Counts the modules and calls between a sampler step and the bytes of the preview that it leads to.
 
-One generation on the simulated runtime (or `--runtime onnx`), with one stream of linear previews, in a real server of
-this process. `sys.setprofile` sees every call of a function of `safelight_server` on the event loop's thread, from the
-beginning of the first sampler step (`Latents.advance`) until gRPC is given the serialized preview. Two numbers follow:
+It runs one generation on the simulated runtime (or `--runtime onnx`), with one stream of linear previews, on a real
+server in this process. `sys.setprofile` records every call of a function of `safelight_server` on the event loop's
+thread, from the first sampler step (`Latents.advance`) until gRPC gets the serialized preview. It prints two numbers:
 
-- all modules that were called meanwhile, also for what is beside the preview (the next batch, the checkpoint and the
-  progress of the same step);
-- the modules that the preview passes. A call counts when the preview is among its arguments (`self` excepted), is its
-  result or the result of a function that it called, or when the call stands between two such calls on the stack. The
-  preview is, followed backwards from its bytes: the message, the encoded picture, the pixels, the frame, the latent,
+- all modules that were called meanwhile, including those of other work (the next batch, the checkpoint and the progress
+  of the same step);
+- the modules that the preview passes through. A call counts if the preview is one of its arguments (except `self`), its
+  result, or the result of a function that it called, or if the call is between two such calls on the stack. The forms
+  of the preview, backwards from its bytes, are: the message, the encoded picture, the pixels, the frame, the latent,
   and every array that has this latent as a row.
 
-The picture is one of those that are sampled for the quality metrics, which look at previews too.
+The picture is sampled for the quality metrics, which also use previews.
 
 Usage: .venv/bin/python tools/trace_preview.py [--list]
 """
@@ -45,7 +45,7 @@ from safelight_server.stream import serialization
 ROOT = Path(__file__).parent.parent
 SERVER = str(ROOT / "server" / "safelight_server") + "/"
 CARRIERS = (np.ndarray, bytes, Message, Frame, RenderedPreview, EncodedPicture)
-"""Types of which an object can be the preview, in one of its forms."""
+"""Types of the forms that a preview can have."""
 
 
 @dataclass(eq=False, slots=True)
@@ -53,8 +53,8 @@ class Call:
     """One call of a function of the server, or one turn of a coroutine.
 
     Attributes:
-        module: its file, below the package.
-        caller: the function of the server that it was called by, at whatever distance; None: there is none.
+        module: file of the function, relative to the package.
+        caller: the nearest function of the server below it on the stack; None if there is none.
     """
 
     module: str
@@ -66,11 +66,11 @@ class Call:
 
 
 class CallTrace:
-    """The calls from the beginning of `first` until the result of `last` has left the server.
+    """Records the calls from the beginning of `first` until the result of `last` has left the server.
 
     Attributes:
-        calls: in order; in front those that were under way when `first` was called.
-        result: of `last`.
+        calls: the calls in order; those that were running when `first` was called come first.
+        result: result of `last`.
     """
 
     def __init__(self, first: CodeType, last: CodeType) -> None:
@@ -81,7 +81,7 @@ class CallTrace:
         self._under_way: list[Call] = []
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        """As `sys.setprofile` calls it."""
+        """The profile function that `sys.setprofile` calls."""
         code = frame.f_code
         if not code.co_filename.startswith(SERVER):
             return
@@ -108,7 +108,7 @@ class CallTrace:
         self._under_way.append(call)
 
     def follow(self) -> list[Call]:
-        """The calls that the result of `last` has passed, by the rule that stands above; marks them as `passed`."""
+        """The calls that the result of `last` has passed through, by the rule above; marks them as `passed`."""
         preview = self._forms()
         latent = next(form.denoised for form in preview.values() if isinstance(form, Frame))
 
@@ -127,7 +127,7 @@ class CallTrace:
         return [call for call in self.calls if call.passed]
 
     def _forms(self) -> dict[int, object]:
-        """What the result of `last` was made of, by id: the arguments of the calls that have returned it, and so on."""
+        """The objects from which the result of `last` was made, by id: arguments of its call, and so on."""
         forms: dict[int, object] = {id(self.result): self.result}
         num_before = 0
         while len(forms) > num_before:
@@ -140,7 +140,7 @@ class CallTrace:
 
 
 def _callers(frame: FrameType) -> Iterator[FrameType]:
-    """The frames of the server that have led to a call, the nearest first."""
+    """The frames of the server below a call on the stack, the nearest first."""
     caller = frame.f_back
     while caller is not None:
         if caller.f_code.co_filename.startswith(SERVER):
@@ -149,7 +149,7 @@ def _callers(frame: FrameType) -> Iterator[FrameType]:
 
 
 def _pass_between(call: Call) -> None:
-    """Marks what stands on the stack between a call that was passed and the one above it that was."""
+    """Marks the calls on the stack between a passed call and the next passed one."""
     between: list[Call] = []
     above = call.caller
     while above is not None and not above.passed:
@@ -161,7 +161,7 @@ def _pass_between(call: Call) -> None:
 
 
 def _parts(value: object) -> Iterator[object]:
-    """A value, and what it holds or will come to."""
+    """A value, and the values that it contains or will return."""
     yield value
     held: list[object] = []
     if isinstance(value, tuple | list):
@@ -176,7 +176,7 @@ def _parts(value: object) -> Iterator[object]:
         held = [value.denoised]
     elif isinstance(value, RenderedPreview):
         held = [value.picture]
-    elif type(value).__name__ == "async_generator_wrapped_value":  # what an asynchronous generator yields
+    elif type(value).__name__ == "async_generator_wrapped_value":  # what an async generator yields
         held = list(gc.get_referents(value))
     for one in held:
         yield from _parts(one)
@@ -208,7 +208,7 @@ async def trace_preview(runtime: str = "simulated") -> CallTrace:
 
 
 def main() -> None:
-    """Prints the counts."""
+    """Prints the two counts."""
     options = argparse.ArgumentParser()
     options.add_argument("--runtime", default="simulated")
     options.add_argument("--list", action="store_true", help="also the calls, in order; + marks those that it passes")

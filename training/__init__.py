@@ -1,4 +1,4 @@
-"""Trains, exports and judges the embedded model; the server uses nothing of it."""
+"""Trains, exports and evaluates the shipped model. The server imports nothing from this package."""
 
 import os
 

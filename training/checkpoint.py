@@ -9,7 +9,7 @@ import torch
 
 
 def save(path: Path, state: dict[str, object]) -> None:
-    """Replaces the checkpoint in one move."""
+    """Replaces the checkpoint atomically."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         torch.save(state, file)
@@ -19,7 +19,7 @@ def save(path: Path, state: dict[str, object]) -> None:
 
 
 def load(path: Path) -> dict[str, object] | None:
-    """The checkpoint, or None where there is none yet."""
+    """Loads the checkpoint; None if there is none yet."""
     if not path.exists():
         return None
     state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)

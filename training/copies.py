@@ -1,9 +1,9 @@
 """Checks whether generated pictures are copies: measures how near each lies to the training drawings.
 
 Pictures are compared as 32 x 32 colour pictures (Euclidean distance of
-values in [0, 1]). Held-out drawings, which nothing was trained on, show how
-near an honest picture comes by chance: 1 % of them lie below the limit by
-definition.
+values in [0, 1]). Held-out drawings, which were not used for training, show how
+near an independent picture comes by chance: the limit is defined so that 1 % of
+them are nearer.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Nearness:
     """Distances to the nearest training drawing.
 
     Attributes:
-        share_below: of the pictures, below `limit`.
-        limit: the first percentile of held-out drawings.
-        median: of the pictures.
-        held_out_median: of held-out drawings.
+        share_below: share of the pictures with a distance below `limit`.
+        limit: first percentile of the held-out drawings' distances.
+        median: median distance of the pictures.
+        held_out_median: median distance of the held-out drawings.
     """
 
     share_below: float
@@ -46,7 +46,7 @@ class Nearness:
     held_out_median: float
 
     def rounded(self) -> dict[str, float]:
-        """For a report."""
+        """The values rounded, for a report."""
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
@@ -71,14 +71,14 @@ def nearest(queries: Floats, known: Floats) -> Floats:
 def nearness(
     pictures: Sequence[npt.NDArray[np.uint8]], held_out: Sequence[Spec], count: int = NUM_TRAINING
 ) -> Nearness:
-    """Of generated pictures to the first `count` icons of the training data."""
+    """Compares generated pictures with the first `count` icons of the training data."""
     known = features(_draw(training_spec(RECIPE, index) for index in range(count)))
     honest = nearest(features(_draw(held_out)), known)
     return compare(nearest(features(pictures), known), honest)
 
 
 def compare(distances: Floats, honest: Floats) -> Nearness:
-    """Distances of pictures against those of held-out drawings."""
+    """Compares the distances of pictures with those of held-out drawings."""
     limit = float(np.percentile(honest, PERCENTILE))
     return Nearness(float((distances < limit).mean()), limit, float(np.median(distances)), float(np.median(honest)))
 

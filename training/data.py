@@ -1,7 +1,7 @@
 """Training data: specs by index, pictures drawn on demand, latents computed once and kept on disk.
 
-Everything is a function of the recipe's seed and an index, so that a run can
-be taken up anywhere and another machine draws the same.
+Everything is a function of the recipe's seed and an index, so that a run can be
+resumed anywhere and another machine draws the same pictures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def training_spec(recipe: Recipe, index: int) -> Spec:
 
 
 def pictures(recipe: Recipe, indices: range) -> npt.NDArray[np.uint8]:
-    """Training icons, (N, S, S, 3) uint8."""
+    """Draws training icons, (N, S, S, 3) uint8."""
     return np.stack([render(training_spec(recipe, index), recipe.size_px) for index in indices])
 
 
@@ -43,7 +43,7 @@ def _encode(job: tuple[Recipe, Projection, int]) -> npt.NDArray[np.float16]:
 
 
 def draw_latents(recipe: Recipe, projection: Projection, path: Path, workers: int) -> None:
-    """Draws all training icons and writes their latents (N, C, h, w) float16; resumable by whole runs only."""
+    """Draws all training icons and writes their latents (N, C, h, w) float16; if interrupted, it starts again."""
     starts = range(0, recipe.num_icons, CHUNK)
     with ProcessPoolExecutor(workers) as pool:
         parts = []
@@ -57,9 +57,9 @@ def draw_latents(recipe: Recipe, projection: Projection, path: Path, workers: in
 
 
 class Batches:
-    """Batches of (indices into the latents, captions): an endless stream that a step number fixes.
+    """An endless series of batches, each (indices into the latents, captions).
 
-    Step `n` of rank `r` is the same batch whenever and wherever it is asked for.
+    Step `n` of rank `r` always gives the same batch.
     """
 
     def __init__(self, recipe: Recipe, rank: int, world: int) -> None:
@@ -69,7 +69,7 @@ class Batches:
         self._specs = [training_spec(recipe, index) for index in range(recipe.num_icons)]
 
     def at(self, step: int) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """Icons drawn without repetition within an epoch, each with a fresh wording; some with none."""
+        """Icons without repetition within an epoch, each with a new wording; some with an empty caption."""
         recipe = self._recipe
         first = (step * self._world + self._rank) * recipe.batch_size
         picks = np.empty(recipe.batch_size, np.int64)
@@ -90,7 +90,7 @@ class Batches:
 
 
 def captions(recipe: Recipe, count: int) -> Iterator[str]:
-    """Captions to build the tokenizer from."""
+    """Captions from which the tokenizer is built."""
     rng = random.Random(f"tokenizer/{recipe.seed}")
     for _ in range(count):
         yield caption(sample_spec(rng), rng)

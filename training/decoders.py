@@ -1,7 +1,8 @@
 """Trains the decoder and the cheaper preview decoder on latents of drawn icons, in several processes as `diffusion`.
 
-Absolute error plus the error of its gradients, which keeps edges clean; a
-little noise on the latents, since the denoiser's are never exact.
+The loss is the absolute error plus that of the pictures' gradients, which keeps
+edges sharp. A little noise is added to the latents, since those of the denoiser are
+not exact.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from training.recipe import Recipe
 
 CHECKPOINT_EVERY_S = 120.0
 HELD_OUT = 256
-"""Icons past the training ones, for the PSNR."""
+"""Number of icons after the training icons that are used for the PSNR."""
 
 
 def num_processes(recipe: Recipe, workers: int) -> int:
-    """As many as divide a batch into equal shares, so that the mean of their gradients is the batch's."""
+    """A number of processes with equal shares of a batch, so that the mean of their gradients is the batch's."""
     return math.gcd(recipe.decoder_batch_size, workers)
 
 
 def train_all(recipe: Recipe, folder: Path, encoder: Projection, rank: int, world: int) -> None:
-    """Both decoders; rank 0 writes them, and their and the linear preview's PSNR in `decoders.json`."""
+    """Trains both decoders; rank 0 writes them, and their PSNR and the linear preview's to `decoders.json`."""
     images = pictures(recipe, range(recipe.decoder_icons))
     test = pictures(recipe, range(recipe.num_icons, recipe.num_icons + HELD_OUT))
     scores = {"linear_preview": _linear_psnr(recipe, encoder, test)}
@@ -54,7 +55,7 @@ def train_all(recipe: Recipe, folder: Path, encoder: Projection, rank: int, worl
 
 
 def decode(model: AutoencoderTiny, recipe: Recipe, latents: Tensor) -> Tensor:
-    """Latents as the denoiser sees them, (B, C, h, w) -> (B, 3, H, W) in [-1, 1], unclamped."""
+    """Decodes latents at the denoiser's scale, (B, C, h, w), to (B, 3, H, W) in [-1, 1], unclamped."""
     image: Tensor = model.decode(latents / recipe.scaling_factor).sample
     return image
 
@@ -72,7 +73,7 @@ class Job:
     world: int
 
     def share(self, step: int) -> tuple[Tensor, npt.NDArray[np.uint8]]:
-        """Noisy latents (B / world, C, h, w) and the pictures behind them, of the batch that is `step`'s."""
+        """This process' share of the batch of `step`: noisy latents (B / world, C, h, w) and their pictures."""
         rng = np.random.default_rng([self.recipe.seed, step])
         picks = rng.integers(len(self.images), size=self.recipe.decoder_batch_size)
         batch = self.images[picks[self.rank :: self.world]]

@@ -2,8 +2,8 @@
 
 v-prediction with zero terminal SNR (Salimans & Ho 2022; Lin et al. 2023),
 caption dropout for classifier-free guidance, an exponential moving average of
-the weights. A run that was stopped goes on from its checkpoint with the same
-batches and noise that it would have had.
+the weights. A run that was stopped continues from its checkpoint with the same
+batches and noise as without the stop.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Model(nn.Module):
 
 
 def build(recipe: Recipe, tokens: CLIPTokenizer) -> Model:
-    """A fresh model, the same for a seed."""
+    """Makes a new model; equal seeds give equal weights."""
     networks.seed_everything(recipe.seed)
     return Model(networks.text_encoder(recipe, tokens), networks.denoiser(recipe))
 
@@ -60,7 +60,7 @@ def learning_rate(recipe: Recipe, samples: int) -> float:
 
 @dataclass
 class Run:
-    """One process of a training run: what it learns, what from, and how far it is."""
+    """One process of a training run: its model, its data, and its progress."""
 
     recipe: Recipe
     rank: int
@@ -77,18 +77,18 @@ class Run:
 
     @property
     def samples(self) -> int:
-        """Seen by all processes together."""
+        """Number of samples that all processes together have used."""
         return self.step * self.recipe.batch_size * self.world
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint, also one of another number of processes."""
+        """Continues from a checkpoint, which may come from another number of processes."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average, self.cpu_s = state["average"], state["cpu_s"]
         self.step = state["samples"] // (self.recipe.batch_size * self.world)
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs."""
+        """The checkpoint for `restore`."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -98,7 +98,7 @@ class Run:
         }
 
     def advance(self) -> float:
-        """One step; its loss in this process."""
+        """Makes one step and returns its loss in this process."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.samples)
         loss = self._loss(*self.batches.at(self.step))
@@ -127,7 +127,7 @@ class Run:
 
 
 def begin(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world: int) -> Run:
-    """A run from its seed, or from the checkpoint in `folder`."""
+    """Starts a run from its seed, or from the checkpoint in `folder`."""
     model = build(recipe, tokens)
     run = Run(
         recipe=recipe,

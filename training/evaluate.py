@@ -1,9 +1,9 @@
-"""`python -m training.evaluate`: how well the shipped weights draw what they are asked for.
+"""`python -m training.evaluate`: measures how well the pictures of the shipped weights agree with their captions.
 
-A classifier trained on fresh drawings, itself checked on real ones first,
-looks at pictures generated for captions whose object, colour and background
-were never trained on together; `copies.py` says whether they are copies.
-Exits 1 below the bars.
+A classifier, trained on new drawings and first checked on others, judges pictures
+that are generated for captions whose combination of object, colour and background
+was not in the training data; `copies.py` checks whether they are copies. Exits
+with 1 if a score is below its bar.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ JUDGE_BAR = 0.99
 NUM_CAPTIONS = 500
 NUM_REAL = 2000
 COPIES_BAR = 0.02
-"""Largest share of pictures nearer to a training drawing than 99 % of held-out drawings: theirs is 0.01."""
+"""Largest allowed share of pictures nearer to a training drawing than 99 % of held-out drawings; theirs is 0.01."""
 
 
 def held_out_specs(count: int, seed: str) -> list[Spec]:
-    """Specs whose triple was never trained on."""
+    """Specs whose combination of object, colour and background is not in the training data."""
     rng = random.Random(seed)
     specs: list[Spec] = []
     while len(specs) < count:
@@ -50,26 +50,26 @@ def held_out_specs(count: int, seed: str) -> list[Spec]:
 
 
 def shares(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Share of right answers by head; (N, heads) each."""
+    """Share of right answers by head; both arrays are (N, heads)."""
     right = (wanted == found).mean(axis=0)
     return {name: round(float(share), 4) for name, share in zip(classifier.HEADS, right, strict=True)}
 
 
 def below_bars(scores: Mapping[str, float], copied: float) -> list[str]:
-    """What is not good enough."""
+    """The scores that are below their bars, as messages."""
     faults = [f"{name} {scores[name]:.3f} < {bar}" for name, bar in BARS.items() if not scores[name] >= bar]
     return faults if copied <= COPIES_BAR else [*faults, f"copies {copied:.3f} > {COPIES_BAR}"]
 
 
 def digest() -> str:
-    """Of all that decides the classifier."""
+    """Digest of the sources that decide the classifier: if one changes, it must be trained again."""
     here = Path(__file__).parent
     sources = [*sorted((here / "icons").glob("*.py")), here / "classifier.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def find_manifest(models: Path, name: str, revision: str | None) -> Path:
-    """The manifest of a revision; without one the newest, as the server takes it."""
+    """The manifest of a revision; without a revision the newest, as in the server."""
     found = list(models.glob(f"pipelines/{name}/{revision or '*'}/pipeline.json"))
     if not found:
         sys.exit(f"no {name} of revision {revision or 'any'} in {models / 'pipelines'}")
@@ -77,7 +77,7 @@ def find_manifest(models: Path, name: str, revision: str | None) -> Path:
 
 
 def trained_judge(folder: Path) -> tuple[classifier.Classifier, dict[str, float]]:
-    """The classifier, from the folder where it was trained before, and its shares on real drawings."""
+    """The classifier, trained or loaded from the folder, and its shares of right answers on real drawings."""
     judge = classifier.train(folder / f"classifier-{digest()}.pt")
     real, truth = classifier.draw(NUM_REAL, "real")
     on_real = shares(truth.numpy(), classifier.predict(judge, classifier.shrink(real)))
@@ -88,7 +88,7 @@ def trained_judge(folder: Path) -> tuple[classifier.Classifier, dict[str, float]
 
 
 def measure(manifest: Path, captions: int, out: Path) -> dict[str, object]:
-    """Generates, judges and compares; writes result.json and pictures.png in `out`."""
+    """Generates pictures, judges them and looks for copies; writes result.json and pictures.png to `out`."""
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     judge, on_real = trained_judge(out)
@@ -124,7 +124,7 @@ def measure(manifest: Path, captions: int, out: Path) -> dict[str, object]:
 
 
 def wrong(prompts: Sequence[str], wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> dict[str, list[str]]:
-    """What was drawn in place of what, by head, the first thirty."""
+    """The first thirty mistakes of each head: what was drawn instead of what."""
     lists: dict[str, list[str]] = {}
     for at, (name, values) in enumerate(classifier.HEADS.items()):
         off = np.flatnonzero(wanted[:, at] != found[:, at])[:30]
@@ -150,7 +150,7 @@ def sheet(pictures: Sequence[npt.NDArray[np.uint8]], columns: int = 16) -> Image
 
 
 def table(result: Mapping[str, object]) -> Table:
-    """The figures beside their bars."""
+    """A table of the scores with their bars."""
     shown = Table(title=f"{result['pipeline']}, {result['captions']} held-out captions")
     for heading in ("", "generated", "real drawings", "bar"):
         shown.add_column(heading, justify="left" if not heading else "right")
@@ -162,7 +162,7 @@ def table(result: Mapping[str, object]) -> Table:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"), help="where pipelines/ is")
     parser.add_argument("--name", default="icons", help="of the pipeline")

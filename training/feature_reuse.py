@@ -1,9 +1,10 @@
-"""`python -m training.feature_reuse`: what reusing deep features between steps would save on `icons`, and cost.
+"""`python -m training.feature_reuse`: what reusing deep features between steps would save on `icons`, and its cost.
 
-A measurement, not a feature of the server (decision record 0046). The denoiser's file is cut where its innermost
-levels end, as DeepCache does (Ma et al. 2023): a full step computes all and also gives what comes up from there; a
-shallow step takes that from the last full step and computes the outermost level alone. The first step is full, then
-every `interval`-th. Beside it, the same captions and seeds with as many steps as there are full ones.
+A measurement, not a feature of the server (decision record 0046). The denoiser's graph is cut where its innermost
+levels end, as in DeepCache (Ma et al. 2023). A full step computes everything and also returns the features at the cut.
+A shallow step takes these from the last full step and computes only the outermost level. The first step is full, then
+every `interval`-th. For comparison, the same captions and seeds are developed with only as many steps as there are
+full ones.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from training.icons import caption
 from training.judge import JUDGE, NAMED
 
 FEATURE = "conv2d_17"
-"""What the lower levels hand to the outermost one: the output of up_blocks.0 of `icons`, (B, C, h, w)."""
+"""The features at the cut: the output of up_blocks.0 of `icons`, (B, C, h, w)."""
 INTERVALS = (2, 3, 5)
 CALLS = 5
 ROWS = (2, 16)
@@ -42,7 +43,7 @@ Call = Callable[[Inputs], Mapping[str, npt.NDArray[np.float32]]]
 
 
 def cut(source: Path, folder: Path) -> tuple[Call, Call]:
-    """The full and the shallow step of a denoiser's file."""
+    """Makes the full and the shallow step from a denoiser's ONNX file."""
     folded = folder / "model.onnx"
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -58,14 +59,14 @@ def cut(source: Path, folder: Path) -> tuple[Call, Call]:
 
 
 class Reusing:
-    """A denoiser that computes its deep features in every `interval`-th call alone."""
+    """A denoiser that computes its deep features only in every `interval`-th call."""
 
     def __init__(self, full: Call, shallow: Call, interval: int) -> None:
         self._full, self._shallow, self._interval = full, shallow, interval
         self.restart()
 
     def restart(self) -> None:
-        """The next call begins other pictures."""
+        """Makes the next call a full step, for other pictures."""
         self._calls, self._feature = 0, np.zeros(0, np.float32)
 
     def __call__(self, inputs: Inputs) -> Mapping[str, npt.NDArray[np.float32]]:
@@ -90,14 +91,14 @@ def cpu_ms(call: Call, inputs: Inputs) -> float:
 
 
 def bit_equal(call: Call, inputs: Inputs) -> bool:
-    """Whether the rows of a batch have the bits that they have alone."""
+    """Whether the rows of a batch are bit-equal to single rows."""
     [batch] = [call(inputs)["prediction"]]
     rows = [call({name: array[row : row + 1] for name, array in inputs.items()}) for row in range(len(batch))]
     return all(np.array_equal(batch[row], one["prediction"][0]) for row, one in enumerate(rows))
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--captions", type=int, default=100)

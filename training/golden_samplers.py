@@ -1,6 +1,7 @@
-"""`python -m training.golden_samplers`: whole trajectories of diffusers' schedulers, for tests without torch.
+"""`python -m training.golden_samplers`: writes trajectories of diffusers' schedulers, for tests without torch.
 
-Each starts from our noise and is fed fixed predictions; the timesteps and the latent after every step are kept.
+Each trajectory starts from the server's noise and uses fixed predictions; it has the timesteps and the latent after
+every step.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CASES = [
 
 
 def draws(seed: int):
-    """The noise of one seed, step by step."""
+    """Yields the noise of one seed, step by step."""
     return (torch.from_numpy(gaussian(seed, 1, step, SHAPE))[None] for step in range(1000))
 
 
@@ -51,12 +52,12 @@ FLOW = [
     (NoiseSchedule(shift=3.0), "linspace"),
     (NoiseSchedule(shift=3.0, use_dynamic_shifting=True, max_shift=1.16, patch_size=4), "linspace"),
 ]
-"""As FLUX.1-schnell, FLUX.1-dev, Stable Diffusion 3 have it, and as the latter would with a shift by the size."""
+"""Schedules of FLUX.1-schnell, FLUX.1-dev and Stable Diffusion 3; and of the last, with a shift by the size."""
 FLOW_SIZES = [(128, 128), (64, 96), (8, 8)]
 
 
 def flow_timesteps(schedule: NoiseSchedule, spacing: str, num_steps: int, height: int, width: int) -> list[float]:
-    """What diffusers' pipelines give the denoiser for a latent of a size."""
+    """The timesteps that diffusers' pipelines pass to the denoiser, for a latent of a size."""
     given = {key: value for key, value in asdict(schedule).items() if key in FLOW_KEYS}
     scheduler = FlowMatchEulerDiscreteScheduler(**given)
     num_tokens = (height // schedule.patch_size) * (width // schedule.patch_size)

@@ -1,10 +1,10 @@
-"""`python -m training.judge`: whether the pictures of `make bench ONLY=replay` show what was asked for.
+"""`python -m training.judge`: measures whether the pictures of `make bench ONLY=replay` show what was requested.
 
-Runs in the training environment: the judge is the classifier of
+It runs in the training environment: the judge is the classifier of
 `training/evaluate.py`, trained on first use, which takes minutes, and kept in
-the folder. Compares by kind of answer, and the same requests with caches off.
-A picture served as SIMILAR is wrong by its words if it was developed for an icon
-with another object, colour or background; by its looks if the judge says so.
+the folder. Figures are by kind of answer, beside those of the same requests with
+caches off. A picture served as SIMILAR has wrong words if it was developed for an
+icon with another object, colour or background; it looks wrong if the judge sees one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Right = dict[int, dict[str, bool]]
 def judged(
     pictures: Mapping[str, npt.NDArray[np.uint8]], asked: Sequence[Asked], judge: classifier.Classifier
 ) -> Right:
-    """What is right of each picture, by the number of its request."""
+    """Judges each picture: which of its attributes are right, by the index of its request."""
     numbers = [int(number) for number in pictures]
     images = torch.cat([classifier.shrink(pictures[str(number)][None]) for number in numbers])
     found = classifier.predict(judge, images)
@@ -53,25 +53,25 @@ def _trained() -> classifier.Classifier:
 
 
 def labels(prompts: Sequence[str], pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Object, colour and background that the judge sees in pictures (N, H, W, 3): (N, 3), for `safelight export`."""
+    """Object, colour and background that the judge sees in pictures (N, H, W, 3), as (N, 3); for `safelight export`."""
     found = classifier.predict(_trained(), classifier.shrink(pictures))
     return found[:, [list(classifier.HEADS).index(name) for name in NAMED]]
 
 
 def accuracy(right: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """Shares of right answers, and how many were judged."""
+    """Shares of right answers, and the number of judged pictures."""
     shares = {name: float(np.mean([one[name] for one in right])) for name in NAMED} if right else {}
     return shares | {"count": len(right)}
 
 
 def wrong_words(served: Sequence[Row], asked: Sequence[Asked]) -> int:
-    """Pictures served as SIMILAR that were developed for another object, colour or background."""
+    """Number of pictures served as SIMILAR that were developed for another object, colour or background."""
     pairs = [(asked[one["number"]].icon, asked[one["source"]].icon) for one in served if one["kind"] == "similar"]
     return sum(any(getattr(wanted, name) != getattr(source, name) for name in NAMED) for wanted, source in pairs)
 
 
 def report(folder: Path, seed: int, judge: classifier.Classifier) -> dict[str, Any]:
-    """All figures of a trace."""
+    """Computes all figures of a trace."""
     asked = trace(seed, DEFAULT)
     answers = json.loads((folder / f"similar-{seed}.json").read_text())
     steps, served = answers["num_steps"], answers["served"]

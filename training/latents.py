@@ -1,8 +1,8 @@
 """Fixed linear encoder from pictures to latents: principal components of pixel patches.
 
-A learned encoder of this size loses colours (measured on the prototype); the
-components of 16 x 16 patches are there at once, keep what a small denoiser can
-draw, and a learned decoder puts the edges back.
+A learned encoder of this size loses colours (measured on the prototype). The
+components of 16 x 16 patches need no training and keep what a small denoiser can
+draw; a learned decoder restores the edges.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Projection:
-    """Pixels to latents and, linearly, back.
+    """A linear map from pixels to latents and back.
 
     Attributes:
-        mean: (3 * p * p,) of a patch in [-1, 1].
+        mean: (3 * p * p,), the mean patch in [-1, 1].
         basis: (3 * p * p, C), orthonormal columns.
-        scale: (C,) from components to latents: sd^-0.5, so that strong components stay stronger, and unit variance
-            over all.
-        patch_px: p.
+        scale: (C,), factors from components to latents: sd^-0.5, so that strong components stay stronger, normalized
+            to unit variance over all.
+        patch_px: edge of a patch, p.
     """
 
     mean: Floats
@@ -35,13 +35,13 @@ class Projection:
     patch_px: int
 
     def encode(self, images: npt.NDArray[np.uint8]) -> Floats:
-        """(N, S, S, 3) uint8 -> (N, C, S / p, S / p), as the denoiser sees them."""
+        """Encodes (N, S, S, 3) uint8 to (N, C, S / p, S / p), at the denoiser's scale."""
         patches = _patches(images, self.patch_px)
         latents = (patches - self.mean) @ (self.basis * self.scale)
         return np.ascontiguousarray(latents.transpose(0, 3, 1, 2))
 
     def convolution(self, scaling_factor: float) -> tuple[Floats, Floats]:
-        """`encode` as a convolution of a picture in [-1, 1] (3, S, S), to latents as the decoder takes them.
+        """`encode` as a convolution of a picture in [-1, 1] (3, S, S), to latents at the decoder's scale.
 
         Returns:
             weight (C, 3, p, p) and bias (C,).
@@ -51,7 +51,7 @@ class Projection:
         return np.ascontiguousarray(weight), -(self.mean @ columns)
 
     def linear_preview(self, block: int) -> tuple[Floats, Floats]:
-        """The best linear way back, averaged to `block` x `block` pixels per latent pixel.
+        """The best linear map from latents to pixels, averaged to `block` x `block` pixels for each latent pixel.
 
         Returns:
             weights (C, 3 * block * block), in the order channel, row, column, and bias (3 * block * block,); RGB in
@@ -69,7 +69,7 @@ class Projection:
 
 
 def fit(recipe: Recipe, images: npt.NDArray[np.uint8]) -> Projection:
-    """Principal components of the patches of (N, S, S, 3) uint8 images."""
+    """Fits a projection to the patches of (N, S, S, 3) uint8 images."""
     patches = _patches(images, recipe.patch_px).reshape(-1, 3 * recipe.patch_px**2)
     mean = patches.mean(axis=0)
     values, vectors = np.linalg.eigh(np.cov((patches - mean).T.astype(np.float64)))

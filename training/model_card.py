@@ -1,8 +1,8 @@
-"""`python -m training.model_card`: writes MODEL_CARD.md beside a manifest, from figures of runs that happened.
+"""`python -m training.model_card`: writes MODEL_CARD.md beside a manifest, from the figures of real runs.
 
-What was trained comes from `training.json` (the training's own account, left
-beside the manifest by the exporter), how good it is from `result.json` (the
-evaluation's). An evaluation of other weights is refused.
+How it was trained comes from `training.json`, which the training writes and the
+exporter copies beside the manifest; its scores come from `result.json`, which the
+evaluation writes. An evaluation of other weights is refused.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ style. Not for anything that needs to be right about the world. Most often drawn
 def card(
     manifest: Mapping[str, Any], trained: Mapping[str, Any], result: Mapping[str, Any], num_bytes: int, cheaper: float
 ) -> str:
-    """The text; `cheaper` is how many times the preview decoder is, 0 where there is none."""
+    """Renders the card; `cheaper` is the time of the decoder over that of the preview decoder, 0 if there is none."""
     size, latent, defaults = manifest["sizes"][0], manifest["latent"], manifest["defaults"]
     near = result["copies"]
     return CARD.format(
@@ -132,7 +132,7 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
 
 
 def times_cheaper(files: Mapping[str, Path], latent: Mapping[str, int]) -> float:
-    """Decoder by preview decoder: medians of thread time, taken in turns."""
+    """Time of the decoder over that of the preview decoder: medians of thread time, measured in turns."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     sessions = {role: onnxruntime.InferenceSession(files[role], options) for role in ("decoder", "preview_decoder")}
@@ -149,7 +149,7 @@ def times_cheaper(files: Mapping[str, Path], latent: Mapping[str, int]) -> float
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file that must be there."""
+    """Reads a JSON file; exits with a message if it does not exist."""
     if not path.is_file():
         sys.exit(f"{path} is missing: a card has only figures that were measured")
     found: dict[str, Any] = json.loads(path.read_text())
@@ -157,7 +157,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"), help="where pipelines/ is")
     parser.add_argument("--name", default="icons", help="of the pipeline")

@@ -1,4 +1,4 @@
-"""The networks: diffusers' and transformers' own classes in small configurations."""
+"""The networks: classes of diffusers and transformers in small configurations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.recipe import Recipe
 
 
 def tokenizer(recipe: Recipe, texts: Iterable[str]) -> CLIPTokenizer:
-    """CLIP's tokenizer with a byte-pair vocabulary of our captions."""
+    """CLIP's tokenizer with a byte-pair vocabulary built from `texts`."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     blank = CLIPTokenizer(
         vocab={start: 0, end: 1}, merges=[], unk_token=end, bos_token=start, eos_token=end, pad_token=end
@@ -60,7 +60,7 @@ def denoiser(recipe: Recipe) -> UNet2DConditionModel:
 
 
 def autoencoder(recipe: Recipe, channels: int, blocks: tuple[int, ...]) -> AutoencoderTiny:
-    """An AutoencoderTiny whose decoder is meant; its encoder is never used (the real one is `latents.py`)."""
+    """An AutoencoderTiny of which only the decoder is used; `latents.py` is the encoder."""
     same = (channels,) * len(blocks)
     return AutoencoderTiny(
         latent_channels=recipe.latent_channels,
@@ -89,16 +89,16 @@ def noise_schedule() -> DDIMScheduler:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor computes with it; where it must emulate it (AVX2), it costs twenty times float32."""
+    """Whether the CPU computes with bfloat16; emulated (AVX2), it takes twenty times as long as float32."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def autocast() -> torch.autocast:
-    """bfloat16, where the processor has it."""
+    """Autocast to bfloat16 if the CPU has it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
 
 
 def seed_everything(seed: int) -> None:
-    """Fixes torch's and Python's generators."""
+    """Seeds the random generators of torch and Python."""
     random.seed(seed)
     torch.manual_seed(seed)

@@ -14,10 +14,10 @@ RENDEZVOUS = "rendezvous"
 
 
 def start(function: Callable[..., None], arguments: tuple[object, ...], folder: Path, world: int) -> None:
-    """Runs `function(*arguments, rank, world)` in `world` processes that meet in `folder`, until all are done.
+    """Runs `function(*arguments, rank, world)` in `world` processes until all have ended; they rendezvous in `folder`.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: one of them failed; the others are ended.
+        torch.multiprocessing.ProcessRaisedException: a process failed; the others were ended.
     """
     (folder / RENDEZVOUS).unlink(missing_ok=True)
     torch.multiprocessing.start_processes(_run, (function, arguments, folder, world), world, start_method="spawn")
@@ -26,7 +26,7 @@ def start(function: Callable[..., None], arguments: tuple[object, ...], folder: 
 def _run(rank: int, function: Callable[..., None], arguments: tuple[object, ...], folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     if world > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens but on loopback
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # listen on loopback only
         place = f"file://{(folder / RENDEZVOUS).resolve()}"
         dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
     function(*arguments, rank, world)

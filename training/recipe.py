@@ -1,4 +1,4 @@
-"""Every number of the recipe, in one place; all else in `training` derives from these and the seed."""
+"""Every number of the recipe, in one place; everything else in `training` follows from these and the seed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class Recipe:
     """How `icons` is trained.
 
     Attributes:
-        latent_channels: principal components kept of each patch of `patch_px` x `patch_px` pixels.
+        latent_channels: number of principal components kept of each patch of `patch_px` x `patch_px` pixels.
         scaling_factor: the denoiser sees latents of unit variance, the decoder those divided by this, which keeps them
             in the near-linear part of AutoencoderTiny's tanh.
-        diffusion_samples: 192,000, with 20,000 for each decoder (21.5 dB), were measured to be too few: right object on
-            0.944, right colour on 0.896 of the held-out captions.
-        learning_rate: reached after `warmup_samples`, kept, and brought to zero over the last `decay_fraction`.
+        diffusion_samples: number of training samples of the denoiser. 192,000, with 20,000 for each decoder (21.5 dB),
+            were too few: the object was right on 0.944 and the colour on 0.896 of the held-out captions.
+        learning_rate: reached after `warmup_samples`, then constant, then decayed over the last `decay_fraction`.
     """
 
     seed: int = 20

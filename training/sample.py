@@ -20,5 +20,5 @@ class Sampler(OfflinePipeline):
 
 
 def shares(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Images as the decoder makes them, in [-1, 1], as clamped shares of white, not rounded."""
+    """Converts the decoder's images from [-1, 1] to [0, 1], clamped and not rounded."""
     return np.clip(images / 2 + np.float32(0.5), 0, 1)

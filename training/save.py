@@ -1,4 +1,4 @@
-"""Saves the trained model as a standard `StableDiffusionPipeline` folder, with our preview decoders beside it."""
+"""Saves the trained model as a standard `StableDiffusionPipeline` folder, with the preview decoders beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.recipe import Recipe
 def save_pipeline(
     recipe: Recipe, folder: Path, encoder: Projection, tokens: CLIPTokenizer, state: dict[str, object]
 ) -> None:
-    """The averaged weights at `state`, with the newest decoders, in `folder / "pipeline"`."""
+    """Saves the averaged weights at `state`, with the newest decoders, to `folder / "pipeline"`."""
     model = diffusion.build(recipe, tokens)
     model.load_state_dict(state["average"])
     pipeline = StableDiffusionPipeline(

@@ -1,8 +1,8 @@
-"""`python -m training.train`: draws, fits, trains and saves, from a seed to a diffusers folder.
+"""`python -m training.train`: trains a model from a seed and writes it as a diffusers folder.
 
-Stages, each skipped when its result is there: projection → latents → tokenizer
-→ diffusion → decoders → pipeline. Interrupt it whenever you like: the same
-command goes on.
+Stages, each skipped if its result exists: projection → latents → tokenizer
+→ diffusion → decoders → pipeline. It may be interrupted at any time: the same
+command continues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def projection(recipe: Recipe, folder: Path) -> Projection:
 
 
 def prepare(recipe: Recipe, folder: Path, workers: int) -> tuple[Projection, CLIPTokenizer]:
-    """Everything that the networks are trained on."""
+    """Prepares the data on which the networks are trained."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = projection(recipe, folder)
     if not (folder / "latents.npy").exists():
@@ -49,7 +49,7 @@ def prepare(recipe: Recipe, folder: Path, workers: int) -> tuple[Projection, CLI
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="work and results")
     parser.add_argument("--samples", type=int, default=RECIPE.diffusion_samples, help="diffusion samples in all")

@@ -28,7 +28,7 @@ import (
 )
 
 const (
-	windowBytes    = 64 << 10 // previews wait at the server, where the newest wins, not here
+	windowBytes    = 64 << 10 // previews wait at the server, where newer ones replace older ones
 	connectTimeout = 5 * time.Second
 	pieceBytes     = 32 << 10 // of a picture, in one message
 )
@@ -39,7 +39,7 @@ type Client struct {
 	apiKey   string
 	patience time.Duration
 	retries  int
-	at       atomic.Int64 // index of the server that new calls ask
+	at       atomic.Int64 // index of the server that new calls use
 	closed   atomic.Bool
 }
 
@@ -57,26 +57,26 @@ type Option func(*config)
 // WithAPIKey sends a key as a bearer token.
 func WithAPIKey(key string) Option { return func(c *config) { c.apiKey = strings.TrimSpace(key) } }
 
-// WithTransportCredentials asks by TLS. Without it the connection is plain text.
+// WithTransportCredentials makes the client use TLS. Without it the connection is plain text.
 func WithTransportCredentials(credentials credentials.TransportCredentials) Option {
 	return func(c *config) { c.credentials = credentials }
 }
 
-// WithPatience says how long a generation whose connection is lost is asked for again, since its last event; 60
-// seconds by default. While nothing was received it is at most 5 seconds.
+// WithPatience says how long the client tries to resume a generation after a lost connection, counted from its last event;
+// 60 seconds by default. Before the first event it is at most 5 seconds.
 func WithPatience(patience time.Duration) Option { return func(c *config) { c.patience = patience } }
 
-// WithRetries says how often a request is sent again that the server has refused with the time after which to retry;
-// 3 times by default. The client waits as long as the server says, within its patience and the deadline.
+// WithRetries says how often a refused request is sent again if the refusal says after which time; 3 times by default. The
+// client waits for that time, within its patience and the deadline.
 func WithRetries(retries int) Option { return func(c *config) { c.retries = retries } }
 
-// WithDialOptions adds options of gRPC, such as interceptors.
+// WithDialOptions adds gRPC dial options, such as interceptors.
 func WithDialOptions(options ...grpc.DialOption) Option {
 	return func(c *config) { c.dialOptions = append(c.dialOptions, options...) }
 }
 
-// NewClient makes a client of "host:port". Several replicas are separated by commas: when one is lost, the next one is
-// asked, and goes on with each generation that was accepted as replicated. Nothing is connected before the first call.
+// NewClient makes a client of "host:port". Several replicas are separated by commas: if one fails, the client calls the next
+// one, which continues each generation that was accepted as replicated. Nothing is connected before the first call.
 func NewClient(target string, options ...Option) (*Client, error) {
 	c := config{credentials: insecure.NewCredentials(), patience: 60 * time.Second, retries: 3}
 	for _, option := range options {
@@ -107,7 +107,7 @@ func dialOptions(target string, credentials credentials.TransportCredentials) []
 	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(credentials),
 		grpc.WithInitialWindowSize(windowBytes),
-		// While a stream is open, a server that is frozen is seen within 15 seconds.
+		// While a stream is open, a server that is frozen is noticed within 15 seconds.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: reconnect, MinConnectTimeout: connectTimeout}),
 	}
@@ -143,15 +143,15 @@ func (c *Client) Close() error {
 	return errors.Join(all...)
 }
 
-// Conn makes each call at the server that is current then, for stubs of other services.
+// Conn is for stubs of other services. It makes each call at the server that is current at that moment.
 func (c *Client) Conn() grpc.ClientConnInterface { return current{c} }
 
-// Generate starts a generation and watches it: [*Accepted], [*Progress], [*Preview] and [*Picture] as they come, then
-// [*Finished]. The error, an [*Error], is the last element of a sequence that did not finish.
+// Generate starts a generation and yields its events: [*Accepted], [*Progress], [*Preview] and [*Picture] as they come, then
+// [*Finished]. If the generation does not finish, the last element is an error, an [*Error].
 //
 // A request without a RequestId gets one, so that it can be sent again without running twice. A deadline of the context
 // is the deadline of the generation, over all connections. Leaving the loop ends the stream: the server suspends the
-// generation, and cancels it after its grace.
+// generation, and cancels it after its grace period.
 func (c *Client) Generate(ctx context.Context, request *pb.GenerateRequest) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
 		sent := proto.CloneOf(request)
@@ -162,14 +162,14 @@ func (c *Client) Generate(ctx context.Context, request *pb.GenerateRequest) iter
 	}
 }
 
-// Watch watches a generation that exists, "generations/ID", from its first event on; preview may be nil.
+// Watch watches an existing generation, "generations/ID", from its first event on; preview may be nil.
 func (c *Client) Watch(ctx context.Context, generation string, preview *pb.PreviewPolicy) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
 		c.develop(ctx, nil, &received{at: int(c.at.Load()), name: generation, preview: preview}, yield)
 	}
 }
 
-// Get is what is known of a generation.
+// Get returns the present state of a generation.
 func (c *Client) Get(ctx context.Context, generation string) (*pb.Generation, error) {
 	response, err := ask(ctx, c, func(ctx context.Context, conn grpc.ClientConnInterface) (*pb.GetGenerationResponse, error) {
 		return pb.NewGenerationServiceClient(conn).GetGeneration(ctx, &pb.GetGenerationRequest{Name: generation})
@@ -177,7 +177,7 @@ func (c *Client) Get(ctx context.Context, generation string) (*pb.Generation, er
 	return response.GetGeneration(), err
 }
 
-// Cancel stops a generation and returns it as it ended, with the step that each output had reached.
+// Cancel stops a generation and returns its final state, with the step that each output had reached.
 func (c *Client) Cancel(ctx context.Context, generation string) (*pb.Generation, error) {
 	response, err := ask(ctx, c, func(ctx context.Context, conn grpc.ClientConnInterface) (*pb.CancelGenerationResponse, error) {
 		return pb.NewGenerationServiceClient(conn).CancelGeneration(ctx, &pb.CancelGenerationRequest{Name: generation})
@@ -185,7 +185,7 @@ func (c *Client) Cancel(ctx context.Context, generation string) (*pb.Generation,
 	return response.GetGeneration(), err
 }
 
-// UploadImage sends a picture: PNG, JPEG or WebP. Its name can then be the InitImage or the Mask of a spec, for as long as
+// UploadImage uploads a picture: PNG, JPEG or WebP. Its name can then be the InitImage or the Mask of a spec, for as long as
 // the server keeps it.
 func (c *Client) UploadImage(ctx context.Context, data []byte) (*pb.Image, error) {
 	digest := sha256.Sum256(data)
@@ -203,7 +203,7 @@ func (c *Client) UploadImage(ctx context.Context, data []byte) (*pb.Image, error
 			}
 			err = upload.Send(&pb.UploadImageRequest{Data: piece})
 		}
-		if err != nil && !errors.Is(err, io.EOF) { // EOF: the server has answered already
+		if err != nil && !errors.Is(err, io.EOF) { // EOF: the server has answered before it has read everything
 			return nil, err
 		}
 		return upload.CloseAndRecv()
@@ -211,7 +211,7 @@ func (c *Client) UploadImage(ctx context.Context, data []byte) (*pb.Image, error
 	return response.GetImage(), err
 }
 
-// Models are all models of the server.
+// Models returns all models of the server.
 func (c *Client) Models(ctx context.Context) ([]*pb.Model, error) {
 	var models []*pb.Model
 	for token := ""; ; {
@@ -228,7 +228,7 @@ func (c *Client) Models(ctx context.Context) ([]*pb.Model, error) {
 	}
 }
 
-// ask makes a call at the current server, and at each next one while one cannot be reached.
+// ask makes a call at the current server; if that cannot be reached, at the next ones in turn.
 func ask[Response any](
 	ctx context.Context, c *Client, call func(context.Context, grpc.ClientConnInterface) (Response, error),
 ) (Response, error) {
@@ -248,8 +248,8 @@ func ask[Response any](
 	}
 }
 
-// failure is why a call with a context failed. One that is Canceled without a reason, as a server that stops does, was lost,
-// unless its caller has canceled it or closed the client.
+// failure converts the error of a call. A server that stops ends calls as Canceled without a reason; such a call counts as a
+// lost connection, unless its caller has canceled it or closed the client.
 func (c *Client) failure(ctx context.Context, err error) *Error {
 	failure := newError(err)
 	if failure.Code != codes.Canceled || failure.Reason != "" || ctx.Err() != nil || c.closed.Load() {
@@ -258,8 +258,8 @@ func (c *Client) failure(ctx context.Context, err error) *Error {
 	return newError(status.Errorf(codes.Unavailable, "the call was canceled, and not by its caller: %s", failure.Message))
 }
 
-// next is the server to ask after one that failed. Generations that lose a server together step to the same next one;
-// new calls follow the first of them only.
+// next is the server to use after one that failed. Generations that lose a server at the same time move to the same next
+// one, and only the first of them changes the server of new calls.
 func (c *Client) next(failed int) int {
 	after := (failed + 1) % len(c.servers)
 	c.at.CompareAndSwap(int64(failed), int64(after))

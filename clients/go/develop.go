@@ -15,20 +15,20 @@ import (
 )
 
 const (
-	firstPatience = 5 * time.Second // while no event was received: whoever asks where no server is learns it soon
+	firstPatience = 5 * time.Second // while no event was received, so that a wrong address fails soon
 	firstWait     = 100 * time.Millisecond
 	maxWait       = 2 * time.Second
-	draining      = "DRAINING" // reason of a server that takes no more
+	draining      = "DRAINING" // reason of a server that accepts no new requests
 )
 
 var (
 	// After these reasons the same generation can be resumed; "" is a lost connection.
 	resumable = []string{"", "WATCHER_STALLED", "MOVED", "OTHER_MODEL"}
-	// After these the same call can succeed at another replica.
+	// After these reasons the same call can succeed at another replica.
 	elsewhere = []string{draining, "UNAVAILABLE"}
 )
 
-// develop follows a generation over as many connections as it takes. A nil request only watches.
+// develop follows a generation over as many connections as necessary. A nil request only watches.
 func (c *Client) develop(ctx context.Context, request *pb.GenerateRequest, r *received, yield func(Event, error) bool) {
 	tries, refusals, drains, numEvents := 0, 0, 0, 0
 	giveUpAt := time.Now().Add(min(firstPatience, c.patience))
@@ -60,7 +60,7 @@ func (c *Client) develop(ctx context.Context, request *pb.GenerateRequest, r *re
 			if refusals == 0 {
 				giveUpAt = time.Now().Add(c.patience)
 			}
-			wait = scaled(failure.RetryAfter, 1, 1.2) // not all at the same moment
+			wait = scaled(failure.RetryAfter, 1, 1.2) // clients must not all retry at the same moment
 			refusals++
 		default:
 			yield(nil, failure)
@@ -84,12 +84,12 @@ func (c *Client) develop(ctx context.Context, request *pb.GenerateRequest, r *re
 	}
 }
 
-// follow follows one connection to its end. left: the caller has left the loop.
+// follow receives one connection to its end. left says whether the caller has left the loop.
 func (c *Client) follow(
 	ctx context.Context, request *pb.GenerateRequest, r *received, yield func(Event, error) bool,
 ) (failure *Error, left bool) {
 	ctx, cancel := context.WithCancel(c.authorized(ctx))
-	defer cancel() // whoever looks away lets the server know
+	defer cancel() // tells the server that nobody watches
 	conn, release := c.servers[r.at].use()
 	defer release()
 	receive, err := open(ctx, conn, request, r)
@@ -119,7 +119,7 @@ func (c *Client) follow(
 	return nil, false
 }
 
-// open starts the generation, or watches it where it has a name; the function returned receives its next event.
+// open starts the generation, or watches it if it has a name already. The returned function receives the next event.
 func open(
 	ctx context.Context, conn grpc.ClientConnInterface, request *pb.GenerateRequest, r *received,
 ) (func() (*pb.GenerationEvent, error), error) {
@@ -145,13 +145,13 @@ func events[Response any, Message interface {
 	}, nil
 }
 
-// isResumable: asking again can go on with the same generation. movable: another server can go on with it.
+// isResumable says whether the same generation can be resumed; movable says whether another server can continue it.
 func isResumable(failure *Error, movable bool) bool {
 	return failure.Code == codes.Unavailable &&
 		(slices.Contains(resumable, failure.Reason) || movable && slices.Contains(elsewhere, failure.Reason))
 }
 
-// isRefusedForNow: the server has said when to ask again, and nothing has started.
+// isRefusedForNow says whether the server has said when to retry, and nothing has started.
 func isRefusedForNow(failure *Error, r *received) bool {
 	return failure.Retryable && (failure.Code == codes.ResourceExhausted || r.name == "")
 }

@@ -1,7 +1,7 @@
-// Package safelight asks a Safelight server for pictures and watches them develop: previews from the first denoising
-// step on, then the picture, over one stream that survives lost connections and servers.
+// Package safelight is a client of Safelight servers. It requests pictures and receives previews from the first denoising
+// step on, then the pictures, over one stream that survives the loss of connections and servers.
 //
-// The messages are those of the contract, generated in the package safelightv1.
+// The package safelightv1 has the generated messages of the API.
 package safelight
 
 //go:generate make -C ../.. generate

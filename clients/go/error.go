@@ -16,25 +16,25 @@ import (
 type Error struct {
 	Code    codes.Code
 	Message string
-	// Reason is a stable name for programs, such as "QUEUE_FULL"; empty where the server sent none.
+	// Reason is a stable name for programs, such as "QUEUE_FULL"; empty if the server sent none.
 	Reason string
-	// FieldViolations is, for an invalid request, what to change: the path of each field and a description.
+	// FieldViolations says what to change in an invalid request: a description by the path of each field.
 	FieldViolations map[string]string
 	// RetryAfter is the time after which to retry; valid only if Retryable.
 	RetryAfter time.Duration
-	// Retryable says that the server has named RetryAfter.
+	// Retryable says whether the server has sent RetryAfter.
 	Retryable bool
 
 	status *status.Status
 }
 
-// Error has the code and the message.
+// Error returns the code and the message as one text.
 func (e *Error) Error() string { return fmt.Sprintf("safelight: %v: %s", e.Code, e.Message) }
 
-// GRPCStatus is the whole status, with all its details.
+// GRPCStatus returns the whole status, with all its details.
 func (e *Error) GRPCStatus() *status.Status { return e.status }
 
-// Is compares with the errors of package context.
+// Is says whether the error corresponds to context.DeadlineExceeded or context.Canceled.
 func (e *Error) Is(target error) bool {
 	return e.Code == codes.DeadlineExceeded && target == context.DeadlineExceeded ||
 		e.Code == codes.Canceled && target == context.Canceled

@@ -4,12 +4,12 @@ import (
 	pb "github.com/safelight/safelight/clients/go/safelightv1"
 )
 
-// An Event is what happened to a generation: [*Accepted], [*Progress], [*Preview], [*Picture] or [*Finished].
+// An Event is something that happened to a generation: [*Accepted], [*Progress], [*Preview], [*Picture] or [*Finished].
 type Event interface{ event() }
 
 // Accepted is the first event: the request was admitted.
 type Accepted struct {
-	// Generation is its name, "generations/ID", for Watch and Cancel.
+	// Generation is the name of the generation, "generations/ID", for Watch and Cancel.
 	Generation string
 	*pb.Accepted
 }
@@ -26,7 +26,7 @@ type Picture struct {
 	MediaType   string
 	WidthPx     int
 	HeightPx    int
-	// StrideBytes is from one row to the next for raw pixels, else 0.
+	// StrideBytes is the number of bytes from one row to the next for raw pixels, else 0.
 	StrideBytes int
 	Seed        uint64
 	Data        []byte

@@ -10,9 +10,9 @@ import (
 	pb "github.com/safelight/safelight/clients/go/safelightv1"
 )
 
-// received says how far a generation was received, over all connections.
+// received keeps what was received of a generation so far, over all connections.
 type received struct {
-	at        int // index of the server that is asked
+	at        int // index of the server that the generation uses
 	preview   *pb.PreviewPolicy
 	name      string
 	numEvents int
@@ -23,7 +23,7 @@ type received struct {
 	parts     map[int32][]byte
 }
 
-// watch goes on where the last connection ended.
+// watch is the request that continues where the last connection ended.
 func (r *received) watch() *pb.WatchGenerationRequest {
 	request := &pb.WatchGenerationRequest{Name: r.name, AfterSequence: r.sequence, Preview: r.preview}
 	for index, part := range r.parts {
@@ -33,7 +33,7 @@ func (r *received) watch() *pb.WatchGenerationRequest {
 	return request
 }
 
-// take is what a message means to the caller; nil for a piece of a picture and for what is of the protocol alone.
+// take returns the event that a message is for the caller; nil for a piece of a picture and for details of the protocol.
 func (r *received) take(message *pb.GenerationEvent) (Event, error) {
 	r.name = message.GetGeneration()
 	r.numEvents++

@@ -9,7 +9,7 @@ import (
 	"google.golang.org/grpc"
 )
 
-// server is one target of a client and the connection to it, which is replaced where the server drains.
+// server is one target of a client and the connection to it, which is replaced if the server drains.
 type server struct {
 	target  string
 	options []grpc.DialOption
@@ -35,7 +35,7 @@ func newServer(target string, options []grpc.DialOption) (*server, error) {
 	return &server{target: target, options: options, conn: first, givenUp: map[*connection]struct{}{}}, nil
 }
 
-// use is the connection for a call that begins now. It stays open until the call is over and release is called.
+// use returns the connection for a call that begins now. It stays open until release is called, after the call.
 func (s *server) use() (conn *connection, release func()) {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
@@ -43,8 +43,8 @@ func (s *server) use() (conn *connection, release func()) {
 	return s.conn, s.conn.calls.Done
 }
 
-// giveUp makes new calls use a new connection, which a load balancer may give to another server; calls that are under way
-// stay on the old one. Generations that are refused together give up the same connection: the first of them replaces it.
+// giveUp makes new calls use a new connection, which a load balancer may lead to another server; open calls stay on the old
+// one. Generations that are refused at the same time replace a connection only once.
 func (s *server) giveUp(old *connection) {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
@@ -52,7 +52,7 @@ func (s *server) giveUp(old *connection) {
 		return
 	}
 	conn, err := grpc.NewClient(s.target, s.options...)
-	if err != nil { // the same arguments were taken before
+	if err != nil { // cannot happen: the same arguments were accepted before
 		return
 	}
 	s.conn = &connection{ClientConn: conn}
@@ -77,17 +77,17 @@ func (s *server) close() error {
 	return errors.Join(all...)
 }
 
-// current makes calls at the server that new calls of a client ask.
+// current makes calls at the server that new calls of a client use.
 type current struct{ client *Client }
 
-// Invoke makes a call with one answer.
+// Invoke makes a unary call.
 func (c current) Invoke(ctx context.Context, method string, args, reply any, options ...grpc.CallOption) error {
 	conn, release := c.client.servers[c.client.at.Load()].use()
 	defer release()
 	return conn.Invoke(ctx, method, args, reply, options...)
 }
 
-// NewStream makes a call that streams.
+// NewStream makes a streaming call.
 func (c current) NewStream(
 	ctx context.Context, description *grpc.StreamDesc, method string, options ...grpc.CallOption,
 ) (grpc.ClientStream, error) {

@@ -1,19 +1,19 @@
-"""`deploy/gpu/check MODELS`: tries this server on the GPU of this machine, in about 15 minutes, and prints a table.
+"""`deploy/gpu/check MODELS` tests the server on the GPU of this machine, in about 15 minutes, and prints a table.
 
-NEVER EXECUTED by this project as a whole: there was no GPU. Its commands,
+NEVER EXECUTED as a whole: the project had no GPU. Its commands,
 arguments, comparison and table are tested; the part for TensorRT is written
 against the documentation.
 
 For a folder of models that `safelight export --format both` wrote:
 
-1. pictures on ONNX Runtime, on the CPU, float32: what the others are compared with;
-2. the same on `--runtime torch`, on the GPU;
+1. pictures with ONNX Runtime, on the CPU, in float32: the reference for the others;
+2. the same pictures with `--runtime torch`, on the GPU;
 3. with `--plan`: `safelight repository --accelerator plan`, deploy/triton/build_plan.py, tritonserver, then
    `--runtime triton`.
 
-A part fails where a picture is further than `--tolerance` from the first one, on
-average over its bytes. Needed: `pip install 'safelight-server[torch]'`, and for
-3. also `[tensorrt]` in the version of Triton's container, in which this runs.
+A part fails if the mean difference of a picture's bytes from the reference exceeds
+`--tolerance`. It needs `pip install 'safelight-server[torch]'`, and for part
+3 also `[tensorrt]` in the version of Triton's container, in which it must run.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class CheckError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """What one runtime showed.
+    """Results of one runtime.
 
     Attributes:
-        off: mean deviation of its pictures from those of the first part, in bytes; 0 for the first.
-        worst: the largest deviation of a byte.
-        step_ms: milliseconds of a denoiser call by its rows, as the server measured them at its start.
-        per_s: pictures a second by how many were asked for at once.
+        off: mean absolute difference of its pictures' bytes from those of the first part; 0 for the first part.
+        worst: largest difference of a byte.
+        step_ms: milliseconds of a denoiser call by its number of rows, as the server measured them at its start.
+        per_s: pictures a second, by the number of pictures that were requested at once.
     """
 
     name: str
@@ -67,16 +67,16 @@ class Part:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The options."""
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, help="folder of models, exported with --format both")
-    parser.add_argument("--device", default="cuda:0", help="of torch (cuda:0); cpu tries this program without a GPU")
+    parser.add_argument("--device", default="cuda:0", help="torch's device (cuda:0); cpu tests this program alone")
     parser.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"), help="of torch")
-    parser.add_argument("--plan", action="store_true", help="also TensorRT plans behind tritonserver")
-    parser.add_argument("--tritonserver", default="tritonserver", help="the program of that name")
-    parser.add_argument("--steps", type=_count, default=20, help="of each picture (20)")
-    parser.add_argument("--at-once", type=_counts, default=(1, 8, 16), help="pictures at once: 1,8,16")
-    parser.add_argument("--tolerance", type=float, default=4.0, help="largest mean deviation in bytes (4)")
+    parser.add_argument("--plan", action="store_true", help="also test TensorRT plans on tritonserver")
+    parser.add_argument("--tritonserver", default="tritonserver", help="path of tritonserver")
+    parser.add_argument("--steps", type=_count, default=20, help="steps of each picture (20)")
+    parser.add_argument("--at-once", type=_counts, default=(1, 8, 16), help="numbers of pictures at once: 1,8,16")
+    parser.add_argument("--tolerance", type=float, default=4.0, help="largest mean difference of bytes (4)")
     return parser
 
 
@@ -92,7 +92,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     given = arguments().parse_args()
     try:
         parts = run(given)
@@ -107,7 +107,7 @@ def run(given: argparse.Namespace) -> list[Part]:
     """Runs the parts one after the other.
 
     Raises:
-        CheckError: one cannot be run.
+        CheckError: a part cannot be run.
     """
     print(device_line(given.device), flush=True)
     on_cpu = ["--runtime", "onnx", "--models-dir", str(given.models)]
@@ -130,15 +130,15 @@ def run(given: argparse.Namespace) -> list[Part]:
 
 
 def device_line(device: str) -> str:
-    """What nvidia-smi says of the GPU.
+    """Describes the GPU, as nvidia-smi reports it.
 
     Raises:
-        CheckError: there is none, and one is wanted.
+        CheckError: `device` is a GPU and nvidia-smi is missing.
     """
     if not device.startswith("cuda"):
         return f"device {device}: no GPU is tried"
     if (tool := shutil.which("nvidia-smi")) is None:
-        raise CheckError("nvidia-smi is not there: no GPU, or no driver; --device cpu tries the program alone")
+        raise CheckError("nvidia-smi is not there: no GPU, or no driver; --device cpu tests this program without a GPU")
     query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
@@ -153,7 +153,7 @@ def plan_commands(models: Path, repository: Path) -> list[list[str]]:
 
 
 def triton_options(repository: Path, grpc: int, http: int, metrics: int) -> list[str]:
-    """Triton's options: on loopback, because it has no authentication."""
+    """Options of tritonserver. It listens on loopback, because it has no authentication."""
     ports = {"grpc-port": grpc, "http-port": http, "metrics-port": metrics}
     addresses = ["--grpc-address=127.0.0.1", "--http-address=127.0.0.1", "--metrics-address=127.0.0.1"]
     return [f"--model-repository={repository}", *addresses, *(f"--{name}={port}" for name, port in ports.items())]
@@ -166,7 +166,7 @@ def try_server(
     given: argparse.Namespace,
     reference: list[Pixels] | None,
 ) -> tuple[list[Pixels], Part]:
-    """Starts a server, asks it for pictures and stops it; its pictures, and what they showed.
+    """Starts a server, requests pictures and stops the server; returns the pictures and the results.
 
     Raises:
         CheckError: the server does not start, or refuses a request.
@@ -188,7 +188,7 @@ async def ask(
     given: argparse.Namespace,
     reference: list[Pixels] | None,
 ) -> tuple[list[Pixels], Part]:
-    """Asks a server that is starting for pictures, alone and at once."""
+    """Waits until the server has started, then requests pictures one by one and several at once."""
     async with Client(address) as client:
         until = time.monotonic() + START_S
         while True:
@@ -218,13 +218,13 @@ async def ask(
 
 
 def deviation(found: Sequence[Pixels], wanted: Sequence[Pixels]) -> tuple[float, int]:
-    """Mean and largest difference of two rows of pictures, in bytes."""
+    """Mean and largest absolute difference of bytes; of all pairs of pictures, the largest value of each."""
     apart = [np.abs(one - other) for one, other in zip(found, wanted, strict=True)]
     return max(float(one.mean()) for one in apart), max(int(one.max()) for one in apart)
 
 
 def table(parts: Sequence[Part]) -> str:
-    """The parts as a table of Markdown, for docs/benchmarks.md."""
+    """The results as a Markdown table, for docs/benchmarks.md."""
     rows = sorted({size for part in parts for size in part.step_ms})
     counts = sorted({count for part in parts for count in part.per_s})
     head = ["runtime", "mean off", "worst byte", *(f"ms, {size} rows" for size in rows)]
@@ -239,7 +239,7 @@ def table(parts: Sequence[Part]) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
+    """Ports on loopback that are free now."""
     with contextlib.ExitStack() as held:
         listening = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [int(each.getsockname()[1]) for each in listening]
@@ -247,7 +247,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def process(command: Sequence[str], settings: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a program while the block runs; ends it by its id.
+    """Runs a program during the `with` block and ends it afterwards.
 
     Raises:
         CheckError: there is no such program.

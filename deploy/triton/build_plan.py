@@ -1,13 +1,13 @@
 """`python deploy/triton/build_plan.py REPOSITORY`: builds model.plan for a repository of `--accelerator plan`.
 
-NEVER EXECUTED by this project: there was no GPU. It is written against the
+NEVER EXECUTED by this project's tests, which need no GPU. It is written against the
 documentation of TensorRT 10's Python API; only its arguments and profiles are
 tested. Run it on a GPU of the kind that will serve, with the TensorRT version
-of Triton's container (`pip install 'safelight-server[tensorrt]'`): a plan fits
-no other.
+of Triton's container (`pip install 'safelight-server[tensorrt]'`): a plan works with
+no other version or GPU.
 
 For each model whose backend is "tensorrt": float16 kernels are allowed
-(but for an autoencoder that overflows them), inputs
+(except for an autoencoder that would overflow), inputs
 and outputs stay as the configuration says, each size of
 pictures has an optimization profile for every batch size, and timings are kept in REPOSITORY/../timings.cache so that a
 second build is quick and chooses the same kernels.
@@ -25,7 +25,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path, help="as `safelight repository --accelerator plan` wrote it")
     parser.add_argument("--version", default="1", help="Triton's version folder")
@@ -64,7 +64,7 @@ def build(config: ModelConfig, source: Path, plan: Path, timings: Path) -> None:
         RepositoryError: TensorRT is missing, or refuses the model.
     """
     try:
-        import tensorrt as trt  # an optional extra, needed on the machine that builds and nowhere else
+        import tensorrt as trt  # an optional extra, needed only on the machine that builds
     except ImportError as error:
         raise RepositoryError(f"{error}: pip install 'safelight-server[tensorrt]'") from None
     logger = trt.Logger(trt.Logger.WARNING)

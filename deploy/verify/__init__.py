@@ -1,7 +1,7 @@
-"""`python -m deploy.verify`: does what is deployed say what is declared, and do the declarations agree?
+"""`python -m deploy.verify` compares what is deployed with what is declared, and the declarations with each other.
 
-Declared: Terraform's configuration, a CloudFormation template, the chart's values. Deployed: what the services of AWS
-and the cluster answer. Nothing is changed. Neighbours: `drift` (one difference, and how values are compared),
-`terraform`, `cloudformation`, `chart`, `cluster`, `agreement` (Terraform and CloudFormation with each other), each from
-its inputs to drifts.
+Declarations are Terraform's configuration, a CloudFormation template and the chart's values. What is deployed is read
+from the services of AWS and from the cluster. Nothing is changed. `drift` defines one difference and compares values.
+`terraform`, `cloudformation`, `chart`, `cluster` and `agreement` (Terraform with CloudFormation) find the differences
+of their kind.
 """

@@ -1,4 +1,4 @@
-"""The command line: a line for each difference. Exit status: 0 none, 1 there are some, 2 it cannot be compared."""
+"""The command line. Prints a line for each difference. Exit status: 0 no differences, 1 some, 2 comparing failed."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "Changes nothing. Credentials, region and endpoint come from the environment, as for the AWS command line.",
     )
     parser.add_argument(
-        "--terraform", type=Path, metavar="DIR", help="initialised root module, such as deploy/terraform/fleet"
+        "--terraform", type=Path, metavar="DIR", help="initialized root module, such as deploy/terraform/fleet"
     )
-    parser.add_argument("--var-file", type=Path, action="append", default=[], help="for `terraform plan`")
+    parser.add_argument("--var-file", type=Path, action="append", default=[], help="variables for `terraform plan`")
     parser.add_argument("--stack", help="name of a CloudFormation stack; needs --template")
     parser.add_argument(
         "--template", type=Path, help="CloudFormation template, such as deploy/cloudformation/core.yaml"
     )
     parser.add_argument(
-        "--parameter", action="append", default=[], metavar="NAME=VALUE", help="of --template without --stack"
+        "--parameter", action="append", default=[], metavar="NAME=VALUE", help="for --template without --stack"
     )
     parser.add_argument("--values", type=Path, action="append", default=[], help="values of the chart, in helm's order")
-    parser.add_argument("--release", help="release of the chart in the cluster of kubectl's context; needs --values")
-    parser.add_argument("--namespace", default="default", help="of --release")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--release", help="release of the chart in kubectl's current cluster; needs --values")
+    parser.add_argument("--namespace", default="default", help="namespace of --release")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parsed = parser.parse_args(given)
     if parsed.stack and not parsed.template:
         parser.error("--stack needs --template")

@@ -1,4 +1,4 @@
-"""Terraform and CloudFormation declare the same core: where do they say different things of it?"""
+"""Finds where Terraform and CloudFormation declare the core of a fleet differently."""
 
 from __future__ import annotations
 
@@ -94,17 +94,20 @@ SAME: tuple[tuple[str, str, str, str], ...] = (
     (f"{_STORAGE}efs_access_point.engines", "posix_user.0.uid", "EnginesAccess", "PosixUser.Uid"),
     ("module.identity.module.server.aws_iam_role.this", "name", "ServerRole", "RoleName"),
 )
-"""What both declare: Terraform's address and attribute, CloudFormation's logical id and property. `*`: an entry."""
+"""Values that both declare: Terraform's address and attribute, CloudFormation's logical id and property.
+
+`*` in a path is the first entry of a list.
+"""
 
 
 def disagreements(
     planned: Sequence[Resource], template: Mapping[str, Any], given: Mapping[str, str]
 ) -> Iterator[Drift]:
-    """What the two say differently. Of each, Terraform's word is `declared`, CloudFormation's is `deployed`.
+    """Yields the differences. `declared` is Terraform's value and `deployed` is CloudFormation's.
 
     Args:
-        planned: what Terraform's configuration would make.
-        given: parameters of the template.
+        planned: the resources that Terraform's configuration would make.
+        given: values for the template's parameters.
     """
     by_address = {each.address: each.values for each in planned}
     known = parameters(template, given)
@@ -132,12 +135,12 @@ def _at(value: Any, path: str) -> Any:
         elif isinstance(value, Mapping):
             value = value.get(name, ABSENT)
         else:
-            return value  # absent, or not known before it is made
+            return value  # absent, or not known before the resource is made
     return value
 
 
 def _actions(policy: Any) -> Any:
-    """What each statement of a policy allows; resources have other names on both sides."""
+    """The effect and actions of each statement of a policy, by Sid. Resources are left out: their names differ."""
     document = json.loads(policy) if isinstance(policy, str) and policy != ABSENT else policy
     if not isinstance(document, Mapping):
         return ABSENT

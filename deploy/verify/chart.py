@@ -1,4 +1,4 @@
-"""The values that the chart is installed with, against what Terraform says they must be, and against the registry."""
+"""Compares the values for the chart with Terraform's output `helm_values`, and their images with the registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BETWEEN = "terraform and chart"
 
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """Values as helm merges its --values: maps are merged, all else is replaced by the later file's."""
+    """Merges values files as helm does: maps are merged, any other value is replaced by that of the later file."""
     values: dict[str, Any] = {}
     for file in files:
         values = _over(values, yaml.safe_load(file.read_text()) or {})
@@ -29,13 +29,13 @@ def _over(below: Any, above: Any) -> Any:
 
 
 def value_drifts(declared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Drift]:
-    """Where the values differ from Terraform's output `helm_values`; what that does not name is the operator's."""
+    """Yields where the values differ from Terraform's output `helm_values`. The operator decides all other values."""
     for path, should, is_ in differences(declared, values, whole=False):
         yield Drift(BETWEEN, "values", path, should, is_)
 
 
 def image_drifts(values: Mapping[str, Any], session: Any) -> Iterator[Drift]:
-    """The images that the values name and that ECR does not have."""
+    """Yields the images that the values name but that ECR does not have."""
     client = session.client("ecr")
     try:
         for path, image in (

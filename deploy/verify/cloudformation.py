@@ -1,7 +1,7 @@
-"""A CloudFormation template against its stack, and against what the services themselves say.
+"""Compares a CloudFormation template with its stack, and with the resources as the services of AWS report them.
 
-A stack's own status is not asked: it says what CloudFormation did, not what somebody did since. CloudFormation's drift
-detection says that on AWS; moto has none, and this reads the same properties from the services.
+The stack's status does not help: it tells what CloudFormation did, not what somebody changed since. CloudFormation's
+drift detection would, but moto does not have it, so this module reads the properties from the services.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ _Loader.add_multi_constructor("!", _short_form)
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """A template as nested maps and lists, its functions in their long form."""
-    template: dict[str, Any] = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    """Parses a template to nested maps and lists; functions are in their long form, such as Fn::Sub."""
+    template: dict[str, Any] = yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
     return template
 
 
 def parameters(template: Mapping[str, Any], given: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The parameters' values: those given, else their defaults."""
+    """Values of the template's parameters: those given, else their defaults."""
     defaults = {name: each["Default"] for name, each in template.get("Parameters", {}).items() if "Default" in each}
     return defaults | dict(given or {})
 
 
 def resolved(value: Any, known: Mapping[str, Any]) -> Any:
-    """A value with its functions applied; `UNRESOLVED` where that needs what is not known.
+    """Evaluates the functions in a value; a function of something unknown becomes `UNRESOLVED`.
 
     Args:
-        known: what `Ref X` is by X, and what `GetAtt X.Arn` is by "X.Arn".
+        known: the values of `Ref X` by "X", and those of `GetAtt X.Arn` by "X.Arn".
     """
     if isinstance(value, list):
         return [resolved(each, known) for each in value]
@@ -77,7 +77,7 @@ def resolved(value: Any, known: Mapping[str, Any]) -> Any:
 
 
 def stack_drifts(stack: str, template_file: Path, session: Any) -> Iterator[Drift]:
-    """Where a stack is not what its template says.
+    """Yields where a stack differs from its template.
 
     Raises:
         ClientError: there is no such stack.
@@ -122,7 +122,7 @@ def stack_drifts(stack: str, template_file: Path, session: Any) -> Iterator[Drif
 
 
 def not_compared(template_file: Path) -> list[str]:
-    """The types of a template that no reader here knows."""
+    """The resource types of a template that are not compared, since `READERS` has no function for them."""
     kinds = {each["Type"] for each in parsed(template_file.read_text())["Resources"].values()}
     return sorted(kinds - READERS.keys())
 
@@ -138,7 +138,7 @@ def _pseudo(stack_id: str) -> dict[str, str]:
 
 
 def _arns(template: Mapping[str, Any], physical: Mapping[str, str], session: Any) -> dict[str, str]:
-    """What GetAtt gives, of the types whose ARN follows from their id."""
+    """The ARNs of buckets and keys, which templates refer to by GetAtt."""
     found = {}
     for name, resource in template["Resources"].items():
         if name not in physical:
@@ -163,7 +163,7 @@ def _call(session: Any, service: str, operation: str, **arguments: Any) -> Any:
 
 
 def _if_set(session: Any, operation: str, key: str, bucket: str) -> Any:
-    """A setting of a bucket; `ABSENT` where it was never made or has been removed."""
+    """Reads a setting of a bucket; `ABSENT` if the bucket does not have it."""
     try:
         return _call(session, "s3", operation, Bucket=bucket)[key]
     except ClientError as error:
@@ -200,7 +200,7 @@ def _bucket(session: Any, bucket: str) -> dict[str, Any]:
 
 
 def _lifecycle_rule(rule: Mapping[str, Any]) -> dict[str, Any]:
-    """A rule of S3 in the words of CloudFormation."""
+    """Converts a lifecycle rule of S3's API to CloudFormation's form."""
     made: dict[str, Any] = {"Id": rule["ID"], "Status": rule["Status"]}
     if moves := rule.get("Transitions"):
         made["Transitions"] = [
@@ -312,4 +312,5 @@ READERS: Mapping[str, Callable[[Any, str], dict[str, Any]]] = {
     "AWS::EFS::FileSystem": _file_system,
     "AWS::IAM::Role": _role,
 }
-"""What a resource's service says of it, in the words of the template. Whatever a reader names must be as declared."""
+"""Functions that read a resource of each type from its service. Each returns properties in CloudFormation's form; only
+these properties are compared."""

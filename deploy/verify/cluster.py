@@ -1,4 +1,4 @@
-"""The objects that the chart makes of its values, against those of the cluster, by helm and kubectl."""
+"""Compares the objects that the chart renders with those in the cluster; runs helm and kubectl."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILT_HELM = Path(__file__).parent.parent.parent / ".tools" / "helm"
 
 
 class ClusterError(Exception):
-    """helm or kubectl is missing or fails; the message is its own."""
+    """helm or kubectl is missing or failed; the message has what it printed."""
 
 
 def _run(program: str, *arguments: str) -> str:
@@ -37,7 +37,7 @@ def _found(program: str) -> str:
 
 
 def rendered(release: str, namespace: str, values: Sequence[Path]) -> list[dict[str, Any]]:
-    """The chart's objects, without those of `helm test`.
+    """Renders the chart's objects, without those of `helm test`.
 
     Raises:
         ClusterError: helm refuses the values.
@@ -49,7 +49,7 @@ def rendered(release: str, namespace: str, values: Sequence[Path]) -> list[dict[
 
 
 def kubectl(namespace: str) -> Callable[[str, str], dict[str, Any] | None]:
-    """Asks the cluster of the current context for an object by kind and name; None where it is not there."""
+    """Returns a function that reads an object of the current cluster by kind and name; None if it does not exist."""
 
     def get(kind: str, name: str) -> dict[str, Any] | None:
         arguments = ("get", kind, name, "--namespace", namespace, "--ignore-not-found", "--output", "json")
@@ -63,7 +63,7 @@ def kubectl(namespace: str) -> Callable[[str, str], dict[str, Any] | None]:
 def object_drifts(
     objects: Sequence[Mapping[str, Any]], get: Callable[[str, str], Mapping[str, Any] | None]
 ) -> Iterator[Drift]:
-    """Where the cluster has other objects than the chart makes. What Kubernetes adds to them is not compared."""
+    """Yields where the cluster's objects differ from the chart's. What Kubernetes adds to them is not compared."""
     for each in objects:
         kind, name = each["kind"], each["metadata"]["name"]
         deployed = get(kind, name)
@@ -72,7 +72,7 @@ def object_drifts(
             continue
         for path, should, is_ in differences(each, deployed, whole=False):
             if not should and is_ is ABSENT:
-                continue  # the API server leaves out what is empty or false
+                continue  # the API server leaves out empty and false values
             if (kind, path) == ("Deployment", "spec.replicas"):
-                continue  # an autoscaler's
+                continue  # an autoscaler may have changed it
             yield Drift(BETWEEN, f"{kind} {name}", path, should, is_)

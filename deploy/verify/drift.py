@@ -10,11 +10,11 @@ from typing import Any
 ABSENT = "absent"
 PRESENT = "present"
 IDENTITIES = ("Sid", "Id", "id", "rulePriority", "PolicyName", "name", "key", "Key")
-"""By which entries of a list are known, whatever their order."""
+"""Keys that identify the entries of a list, so that their order does not matter."""
 
 
 class UnresolvedValue:
-    """A declared value that only the cloud knows; it is compared with nothing."""
+    """Stands for a declared value that is known only after deployment; it equals any value."""
 
 
 UNRESOLVED = UnresolvedValue()
@@ -25,11 +25,11 @@ class Drift:
     """One difference.
 
     Attributes:
-        between: what was compared, such as `terraform`.
-        resource: the declaration's own name for it.
-        attribute: path within it. Empty: the resource itself is there or is not.
-        declared: what should be.
-        deployed: what is; where two declarations are compared, what the other one says.
+        between: which comparison found it, such as `terraform`.
+        resource: name of the resource in the declaration.
+        attribute: path of the value within the resource. Empty: the resource itself is missing, or not declared.
+        declared: the declared value.
+        deployed: the deployed value, or the value of the second declaration if two declarations are compared.
     """
 
     between: str
@@ -39,7 +39,7 @@ class Drift:
     deployed: Any
 
     def as_map(self) -> dict[str, Any]:
-        """Its attributes, for JSON."""
+        """The attributes as a dictionary, for JSON."""
         return {name: getattr(self, name) for name in ("between", "resource", "attribute", "declared", "deployed")}
 
     def __str__(self) -> str:
@@ -53,13 +53,13 @@ def _text(value: Any) -> str:
 
 
 def differences(declared: Any, deployed: Any, path: str = "", *, whole: bool = True) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves in which two values differ: path, declared, deployed.
+    """Yields the leaves in which two nested values differ: path, declared, deployed.
 
-    Lists are compared whatever their order; a text that is a JSON object is compared as one; a list of one text is that
-    text, as policies have it.
+    The order of lists does not matter. A string that holds a JSON object is compared as an object. A list of one string
+    equals that string, as in IAM policies.
 
     Args:
-        whole: also what only `deployed` has.
+        whole: whether what only `deployed` has is a difference too.
     """
     declared, deployed = _parsed(declared), _parsed(deployed)
     if declared is UNRESOLVED or declared == deployed:
@@ -82,7 +82,7 @@ def differences(declared: Any, deployed: Any, path: str = "", *, whole: bool = T
                 yield from differences(ours[0], theirs[0], path, whole=whole)
                 return
     if _number(declared) is not None and _number(declared) == _number(deployed):
-        return  # "90" of a parameter, 90 of a service
+        return  # a parameter is the string "90" where a service returns the number 90
     yield path, declared, deployed
 
 

@@ -1,7 +1,7 @@
-"""Terraform's configuration and state against the cloud.
+"""Compares Terraform's configuration and state with what is deployed.
 
-Terraform reads what is deployed itself: a plan that would change something is a difference. What nothing declares, a
-plan does not see: rules, policies, routes and nodes that were added by hand are asked for here.
+Terraform itself reads what is deployed: whatever a plan would change is a difference. A plan does not see resources
+that nothing declares, so this module also looks for rules, policies, routes and nodes that were added by hand.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from deploy.verify.drift import ABSENT, PRESENT, UNRESOLVED, Drift, differences
 
 BETWEEN = "terraform"
 COPIES = {"tags_all"}
-"""Attributes that say again what others say."""
+"""Attributes that repeat others."""
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 class PlanError(Exception):
-    """Terraform made no plan; the message is its own."""
+    """Terraform made no plan; the message has what it printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class Resource:
 
 
 def plan(folder: Path, arguments: Sequence[str] = (), program: str = "terraform") -> dict[str, Any]:
-    """What `terraform show -json` says of a fresh plan.
+    """Makes a new plan and returns it as `terraform show -json` prints it.
 
     Args:
-        folder: an initialised root module.
-        arguments: for `terraform plan`, such as -var-file.
+        folder: an initialized root module.
+        arguments: further arguments of `terraform plan`, such as -var-file.
 
     Raises:
-        PlanError: there is no plan.
+        PlanError: Terraform failed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         file = str(Path(scratch) / "plan")
@@ -61,7 +61,7 @@ def _run(program: str, folder: Path, *arguments: str) -> str:
 
 
 def resources(shown: Mapping[str, Any], part: str = "prior_state") -> list[Resource]:
-    """The resources that a plan has in its state (`prior_state`), or plans (`planned_values`)."""
+    """The resources in a plan's state (part `prior_state`), or those that it would make (`planned_values`)."""
 
     def walk(module: Mapping[str, Any]) -> Iterator[Resource]:
         for each in module.get("resources", ()):
@@ -76,7 +76,7 @@ def resources(shown: Mapping[str, Any], part: str = "prior_state") -> list[Resou
 
 
 def planned_drifts(shown: Mapping[str, Any]) -> Iterator[Drift]:
-    """What a plan would change."""
+    """Yields what a plan would change."""
     for each in shown.get("resource_changes", ()):
         change = each["change"]
         actions = change["actions"]
@@ -107,7 +107,7 @@ def _changed(address: str, change: Mapping[str, Any]) -> Iterator[Drift]:
 
 
 def _known(value: Any, unknown: Any) -> Any:
-    """A planned value, with `UNRESOLVED` for what is known only when it is applied."""
+    """A planned value, with `UNRESOLVED` for parts that are known only after the plan is applied."""
     if unknown is True:
         return UNRESOLVED
     if isinstance(unknown, dict):
@@ -120,14 +120,14 @@ def _known(value: Any, unknown: Any) -> Any:
 
 
 def _marked(mark: Any) -> bool:
-    """Whether a value, or something in it, is marked as a secret."""
+    """Whether a value, or any part of it, is marked as secret."""
     if isinstance(mark, dict):
         return any(map(_marked, mark.values()))
     return any(map(_marked, mark)) if isinstance(mark, list) else mark is True
 
 
 def _plain(value: Any) -> Any:
-    """Terraform writes a block as a list of one, and nothing as null or as an empty one."""
+    """Normalizes a value: a block is written as a list of one entry, and an absent one as null or an empty list."""
     if isinstance(value, dict):
         return {name: plain for name, each in value.items() if (plain := _plain(each)) not in NOTHING}
     if isinstance(value, list):
@@ -138,7 +138,7 @@ def _plain(value: Any) -> Any:
 
 
 def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift]:
-    """Deployed resources that are not in the state but are attached to one that is.
+    """Yields deployed resources that are not in the state but are attached to one that is.
 
     Args:
         session: a boto3 session.
@@ -198,7 +198,7 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
             [found] = ec2.describe_route_tables(RouteTableIds=[table.values["id"]])["RouteTables"]
             for route in found["Routes"]:
                 gateway = route.get("GatewayId", "")
-                if gateway != "local" and not gateway.startswith("vpce-"):  # those come with the VPC and its endpoints
+                if gateway != "local" and not gateway.startswith("vpce-"):  # not those of the VPC and its endpoints
                     to = route.get("DestinationCidrBlock") or route.get("DestinationIpv6CidrBlock") or "?"
                     yield Drift(
                         BETWEEN, table.address, f"route {to}", ABSENT, gateway or route.get("NatGatewayId") or PRESENT

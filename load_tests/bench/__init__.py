@@ -1,1 +1,1 @@
-"""Benchmarks that `make bench` runs."""
+"""The benchmarks that `make bench` runs."""

@@ -1,4 +1,4 @@
-"""The command behind `make bench`: measures the parts asked for, prints tables, writes out/bench/PART.json."""
+"""The command behind `make bench`: measures the requested parts, prints tables, and writes out/bench/PART.json."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ PARTS = (
 )
 """Modules with `Plan` (all of it), `SMOKE` (a tiny plan) and `measure(plan)`."""
 CALIBRATION = frozenset({"eviction", "index", "replay", "similar"})
-"""Parts that the caches' constants were chosen by; they are in `load_tests.calibration`."""
+"""Parts from which the caches' constants were chosen; they are in `load_tests.calibration`."""
 LONG = frozenset({"index", "replay"})
-"""Take most of an hour: measured only when named."""
+"""Parts that take most of an hour; they are measured only when named."""
 
 
 def main() -> None:
-    """Runs all parts, or those that are named."""
+    """Runs the parts that the command line names, or all."""
     parser = argparse.ArgumentParser(prog="load_tests", description=__doc__)
     parser.add_argument(
         "--only",
@@ -72,15 +72,15 @@ def main() -> None:
 
 
 def module_of(part: str) -> str:
-    """The module that measures a part."""
+    """Imports the module that measures a part."""
     return f"load_tests.{'calibration' if part in CALIBRATION else 'bench'}.{part}"
 
 
 def parts(text: str) -> tuple[str, ...]:
-    """The parts that a list names, separated by commas.
+    """Parses a list of parts, separated by commas.
 
     Raises:
-        ArgumentTypeError: one of them is none.
+        ArgumentTypeError: there is no part of such a name.
     """
     names = tuple(filter(None, text.split(",")))
     if unknown := [name for name in names if name not in PARTS]:
@@ -89,7 +89,7 @@ def parts(text: str) -> tuple[str, ...]:
 
 
 def chosen(only: Sequence[str], *, smoke: bool) -> list[str]:
-    """The parts to measure: those asked for, else all; the long ones then on tiny plans only."""
+    """The parts to measure: those requested, else all, without the long ones unless their plans are tiny."""
     return [name for name in PARTS if name in only or (not only and (smoke or name not in LONG))]
 
 

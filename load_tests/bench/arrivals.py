@@ -1,8 +1,8 @@
 """Load generators for Safelight and its peers: a closed loop for capacity, an open loop (Poisson) for latency.
 
-Open loop: the next request comes when it is due, whether or not the server has
-caught up, and its latency counts from the moment it was due (Tene's
-coordinated omission). Invariant: equal plans give equal arrivals, scaled by the
+Open loop: the next request is sent when it is due, whether or not the server has
+caught up, and its latency counts from the moment it was due. This avoids what Tene
+calls coordinated omission. Invariant: equal plans give equal arrivals, scaled by the
 rate, for every server measured.
 """
 
@@ -19,12 +19,12 @@ import numpy as np
 from load_tests.bench.requests import NoPicture, Seen
 
 Ask = Callable[[int], Awaitable[Seen]]
-"""Requests the picture of a seed; raises NoPicture where the server does not return one."""
+"""Requests the picture of a seed; raises NoPicture if the server does not return one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Seconds from when each request was due, of those that got their picture."""
+    """Latencies in seconds from when each request was due, for requests that got their picture."""
 
     first_pixel_s: list[float]
     picture_s: list[float]
@@ -32,7 +32,7 @@ class Latencies:
 
 
 async def capacity(ask: Ask, num_clients: int, seconds: float) -> float:
-    """Pictures per second of `num_clients` clients that ask one after another; the first of each is warm-up."""
+    """Pictures per second of `num_clients` clients that request one after another; the first of each is warm-up."""
     seeds = itertools.count()
     finished: list[float] = []
 
@@ -43,7 +43,7 @@ async def capacity(ask: Ask, num_clients: int, seconds: float) -> float:
     await asyncio.gather(*(ask(next(seeds)) for _ in range(num_clients)))
     began = time.perf_counter()
     await asyncio.gather(*(client(began + seconds) for _ in range(num_clients)))
-    counted = [at for at in finished if at <= began + seconds] or finished  # not the tail, when clients run out
+    counted = [at for at in finished if at <= began + seconds] or finished  # without the end, when clients idle
     return len(counted) / (max(counted) - began)
 
 
@@ -55,7 +55,7 @@ def schedule(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 async def poisson(ask: Ask, rate: float, seconds: float, seed: int) -> Latencies:
-    """Asks at Poisson arrivals and waits for what is still under way."""
+    """Sends requests at Poisson arrivals, and waits for those still running at the end."""
     latencies = Latencies([], [], 0)
     began = time.perf_counter()
     due = schedule(rate, seconds, seed)

@@ -43,7 +43,7 @@ class BareLoop:
     """One session per component.
 
     Args:
-        num_threads: of each session.
+        num_threads: threads of each session.
     """
 
     def __init__(self, pipeline: Pipeline, num_threads: int = 1) -> None:
@@ -60,7 +60,7 @@ class BareLoop:
         }
 
     def develop(self, prompts: Sequence[str], seeds: Sequence[int], num_steps: int) -> list[Pixels]:
-        """One batch at the pipeline's defaults, with guidance: (H, W, 3) uint8 for each prompt."""
+        """Develops one batch at the pipeline's defaults, with guidance: (H, W, 3) uint8 for each prompt."""
         pipeline, rows = self._pipeline, len(seeds)
         defaults = pipeline.manifest.defaults
         sampler, size = defaults.sampler, pipeline.manifest.sizes[0]
@@ -86,7 +86,7 @@ class BareLoop:
         return [to_pixels(image) for image in images]
 
     def _encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Each distinct text once: (len(texts), T, D)."""
+        """Encodes each distinct text once; returns (len(texts), T, D)."""
         distinct = list(dict.fromkeys(texts))
         tokenizer = self._pipeline.tokenizer
         if tokenizer is None:
@@ -98,7 +98,7 @@ class BareLoop:
 
 
 async def develop_on_request(pipe: Connection, models: Path) -> None:
-    """A process with one bare loop a core: asked (pictures at once, pictures, steps), it answers what they `Took`."""
+    """A process with one bare loop a core. A question (pictures at once, pictures, steps) is answered by a `Took`."""
     pipeline = catalogs.load(models).get("")
     loops = [BareLoop(pipeline) for _ in os.sched_getaffinity(0)]
     pool = ThreadPoolExecutor(len(loops))

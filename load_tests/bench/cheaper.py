@@ -1,9 +1,9 @@
-"""Cheaper steps on `icons`: what guidance intervals, fewer steps and int8 save and what they cost in the pictures.
+"""Cheaper steps on `icons`: what guidance intervals, fewer steps and int8 save, and how they change the pictures.
 
 The same captions and seeds are developed in every way, in chunks that take turns. `rows` are denoiser rows a picture,
-as the server counts them; CPU is the server's. Pictures are compared with those of all rows: the median of PSNR, and
-what the judge of `training/evaluate.py` recognises in them. The judge is trained on first use, which takes minutes, and
-kept in out/evaluate; it needs the training environment, and so does int8, which is made at the start.
+as the server counts them; CPU is the server's. Pictures are compared with those of plain steps: the median of PSNR,
+and what the judge of `training/evaluate.py` recognizes in them. The judge is trained on first use, which takes minutes,
+and kept in out/evaluate; it needs the training environment, and so does int8, which is made at the start.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ WAYS: Mapping[str, pb.GenerationSpec] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure; `num_captions` in each way, in chunks of `chunk`."""
+    """How much to measure: `num_captions` in each way, in chunks of `chunk`."""
 
     num_captions: int = 200
     chunk: int = 40
@@ -93,7 +93,7 @@ class Developed(NamedTuple):
 
 @dataclass
 class Way:
-    """What was measured of one way to develop."""
+    """Measurements of one way to develop."""
 
     developed: list[Developed] = field(default_factory=list)
     wall_s: float = 0.0
@@ -101,7 +101,7 @@ class Way:
 
 
 def measure(plan: Plan) -> Report:
-    """One table, a row for each way."""
+    """Measures all ways; the table has a row for each."""
     rng = random.Random("cheaper")
     icons = [sample_spec(rng) for _ in range(plan.num_captions)]
     prompts = [caption(icon, rng, full=True) for icon in icons]
@@ -128,10 +128,10 @@ def measure(plan: Plan) -> Report:
 
 
 def _models(plan: Plan, folder: Path) -> Path:
-    """The folder of models: a copy with a quantized revision of `icons` beside the float one, if a way asks for it."""
+    """The folder of models; a copy with a quantized revision of `icons` beside the float one, if a way needs it."""
     if all(WAYS[name].model != INT8 for name in plan.ways):
         return plan.models
-    # it has onnx, which the other parts do without
+    # the training environment has onnx, which the other parts do not need
     quantization = importlib.import_module("safelight_server.quantization.quantize")
     shutil.copytree(plan.models, folder / "models")
     [manifest] = (folder / "models" / "pipelines" / "icons").glob("*/pipeline.json")
@@ -142,7 +142,7 @@ def _models(plan: Plan, folder: Path) -> Path:
 async def develop(
     address: str, plan: Plan, way: bytes, prompts: Sequence[str], first_seed: int
 ) -> tuple[float, list[Developed]]:
-    """Clients that ask for one picture after another; seconds until all are there, and the pictures in order."""
+    """Clients request one picture after another; returns the seconds until all came, and the pictures in order."""
     numbers = iter(range(len(prompts)))
     developed: dict[int, Developed] = {}
     async with grpc.aio.insecure_channel(address) as channel:
@@ -174,8 +174,8 @@ async def _picture(stub: stubs.GenerationServiceAsyncStub, request: pb.GenerateR
 
 
 def judged(ways: Mapping[str, Way], icons: Sequence[Spec]) -> dict[str, dict[str, float]]:
-    """The share of pictures in which the judge finds the object, colour and background that were asked for."""
-    # they have torch, which the other parts do without
+    """The share of pictures in which the judge finds the requested object, colour and background."""
+    # these modules need torch, which the other parts do not need
     classifier, evaluate = (importlib.import_module(f"training.{name}") for name in ("classifier", "evaluate"))
     judge, _ = evaluate.trained_judge(Path("out/evaluate"))
     wanted = np.array([classifier.labels(icon) for icon in icons])
@@ -204,6 +204,6 @@ def _row(name: str, way: Way, plain: Way) -> dict[str, float | int | str]:
 
 
 def psnr(one: Pixels, other: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB, at most 100, which equal ones have."""
+    """Peak signal-to-noise ratio of two pictures in dB; 100 for equal ones."""
     error = float(np.mean((one[..., :3].astype(np.float64) - other[..., :3]) ** 2))
     return min(100.0, 10 * math.log10(255**2 / error)) if error else 100.0

@@ -1,9 +1,10 @@
-"""What a preview costs the client of each language, how many a second it takes, and how late its caller has them.
+"""What a preview costs each language's client, how many a second it can receive, and how late its caller gets them.
 
-Each client is its runner of clients/CONFORMANCE.md, a process of its own, which notes when its caller has each preview
-of the only stream of `preview_source`, by gRPC or, as pages do, by gRPC-Web. CPU is the difference between a long run
-and a short one, by the previews by which they differ: so the start of the process and most of what a just-in-time
-compiler does are left out. A second table has gRPC, gRPC-Web and server-sent events side by side, from a real server.
+Each client is the runner of its language (clients/CONFORMANCE.md), a process of its own. It notes when its caller gets
+each preview of the only stream of `preview_source`, over gRPC or, like web pages, over gRPC-Web. CPU per preview is the
+difference between a long and a short run, divided by the difference of their previews: this leaves out the start of the
+process and most of the just-in-time compiler's work. A second table compares gRPC, gRPC-Web and server-sent events of a
+real server.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tools.clients import runners
 CLIENTS = ("python", runners.SYNC, "go", "typescript", runners.WEB, "java", "rust", "cpp", "c", "csharp")
 RUN_ENDS_S = 300.0
 WARMED_UP = 0.2
-"""Of a run, this share of the previews comes before those that rates and lateness are taken of."""
+"""Share of a run's previews that are warm-up; rates and lateness are measured on the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,10 @@ class Plan:
     """How much to measure.
 
     Attributes:
-        sizes: edge of the previews in pixels, and how many a short and a long run have.
-        paced: previews of the run that lateness is taken of, `per_s` a second.
-        optimized: runners are built as for production.
-        about: how long it takes, once the runners are built.
+        sizes: edge of the previews in pixels, and number of previews in a short and a long run.
+        paced: number of previews in the run that measures lateness, `per_s` a second.
+        optimized: whether runners are built with optimization.
+        about: how long the measurement takes once the runners are built.
     """
 
     clients: tuple[str, ...] = CLIENTS
@@ -54,7 +55,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    clients=("python",),  # nothing is compiled
+    clients=("python",),  # needs no compilation
     sizes=((64, 5, 25),),
     paced=10,
     rounds=1,
@@ -75,7 +76,7 @@ class Run:
 
 
 def measure(plan: Plan) -> Report:
-    """Both tables."""
+    """Measures both tables."""
     here = [client for client in plan.clients if runners.is_here(client)]
     print(
         f"clients: builds {len(here)} runners, which takes up to 20 minutes where none is built; then {plan.about}",
@@ -124,7 +125,7 @@ def _row(
 
 
 def _late_ms(run: Run, percent: float) -> float:
-    """A percentile of the previews' delay; NaN where the client has skipped previews, since it is not known which."""
+    """A percentile of the previews' delay; NaN if previews were skipped, since it is not known which."""
     if len(run.received_us) != len(run.written_us):
         return float("nan")
     late_us = (run.received_us - run.written_us)[int(WARMED_UP * len(run.written_us)) :]
@@ -132,7 +133,7 @@ def _late_ms(run: Run, percent: float) -> float:
 
 
 def _request(edge_px: int, num_previews: int, per_s: int = 0) -> pb.GenerateRequest:
-    """Asks the source for previews, `per_s` a second; 0: as fast as they are taken."""
+    """A request for previews from the source, `per_s` a second; 0: as fast as they are read."""
     spec = pb.GenerationSpec(prompt=PROMPT, num_inference_steps=num_previews, outputs=[pb.OutputSpec(seed=1)])
     request = pb.GenerateRequest(spec=spec, encoding=RAW, preview=pb.PreviewPolicy(accept=[RAW], max_edge_px=edge_px))
     if per_s:
@@ -144,10 +145,10 @@ def _run(command: Sequence[str], source: Child, address: str, request: pb.Genera
     """Lets a runner watch one stream.
 
     Raises:
-        RuntimeError: it failed, or had no previews.
+        RuntimeError: the runner failed, or got no previews.
     """
     told = runners.told("measure", [address], [json_format.MessageToDict(request)], measure=True)
-    source.ask()  # from here on its CPU counts
+    source.ask()  # its CPU counts from here on
     before_s = _cpu_of_children_s()
     done = subprocess.run(
         command, input=json.dumps(told), capture_output=True, text=True, timeout=RUN_ENDS_S, check=False

@@ -1,4 +1,4 @@
-"""An engine without streams, for benchmarks that compare runtimes: what its generations report, and CPU by process."""
+"""An engine without streams, for benchmarks that compare runtimes; its generations note their steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.triton.support import TritonServer
 
 IDS = itertools.count()
 CPUCLOCK_SCHED = 2
-"""Linux: with the complement of a process id above it, the clock of that process, in nanoseconds."""
+"""Linux' clock id of a process' CPU time: these bits below the complement of the process id."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Bench:
         self._token_ids = encode("a red potion on a dark background").ids, encode("").ids
 
     def submit(self, count: int, num_steps: int, guidance_scale: float = 3.0) -> list[Watch]:
-        """`count` generations at once; with a scale of 1 without guidance, a row a step."""
+        """Submits `count` generations at once. A guidance scale of 1 means no guidance, so one row a step."""
         watches = [Watch() for _ in range(count)]
         manifest = self._pipeline.manifest
         latent, spec = manifest.latent, SamplerSpec("ddim", "trailing")
@@ -80,7 +80,7 @@ class Bench:
         return watches
 
     async def finish(self, watches: Sequence[Watch]) -> None:
-        """Waits for all of them."""
+        """Waits until all generations have ended."""
         for watch in watches:
             await watch.done.wait()
             if watch.error is not None:
@@ -97,7 +97,7 @@ def cpu_s(server: TritonServer | None) -> float:
 
 @asynccontextmanager
 async def on(catalog: Catalog, runtime: Runtime) -> AsyncIterator[Bench]:
-    """A started engine."""
+    """Runs an engine on the runtime during the block."""
     await runtime.start()
     bench = Bench(catalog, runtime)
     try:

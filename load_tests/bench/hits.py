@@ -1,8 +1,8 @@
 """Latency of exact cache hits at a steady request rate (open loop).
 
-A server keeps a few pictures of the simulated runtime, as large as those of
-`icons`; clients ask for them again as PNG at the given rate, whether earlier
-answers have come or not, and measure from the time at which a request was due.
+A server has a few pictures of the simulated runtime in its cache, as large as
+those of `icons`. Clients request them again as PNG at the given rate, whether or
+not earlier answers have come; latency counts from when a request was due.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMOKE = Plan(rate=20.0, seconds=0.5, num_pictures=2, rounds=1)
 
 
 def measure(plan: Plan) -> Report:
-    """The table."""
+    """Measures the latencies; returns the table."""
     rows: list[Row] = []
     with processes.child(processes.obey) as clients, processes.child(processes.serve, SETTINGS) as server:
         clients.first()
@@ -59,19 +59,19 @@ def measure(plan: Plan) -> Report:
 
 
 async def develop(address: str, num_pictures: int) -> None:
-    """Has the pictures made, then encoded, so that both are kept."""
+    """Requests the pictures twice, so that pixels and encoded files are both cached."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         for _ in range(2):
             await asyncio.gather(*(_ask(stub, number) for number in range(num_pictures)))
-            await asyncio.sleep(0.5)  # they are kept beside the requests
+            await asyncio.sleep(0.5)  # the server stores them in the background
 
 
 async def hit(address: str, plan: Plan) -> list[float]:
-    """Asks at the rate; seconds from when each was due to its end.
+    """Sends requests at the rate; returns the seconds from when each was due to its end.
 
     Raises:
-        AssertionError: one was no exact hit.
+        AssertionError: a request was not an exact hit.
     """
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)

@@ -1,8 +1,8 @@
-"""What each kind of picture costs beside a plain one, alone and mixed in one batch; and how long exports take.
+"""The cost of each kind of request relative to plain text, alone and mixed in one batch; and how long exports take.
 
-The kinds take turns, and all take the same steps: an init image has strength 1. Of a mixed kind the clients ask for
-each sort in turn, so that the steps of all of them share batches. Uploads are made before. Exports are of small random
-pipelines, in the training environment; elsewhere they are left out.
+The kinds take turns, and all make the same number of steps: an init image has strength 1. For a mixed kind, clients
+request the kinds in turn, so that their steps share batches. Uploads are made before the measurement. Exports are of
+small random pipelines; they need the training environment and are left out without it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PLAIN = "text"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure; `pictures` for each client. Exports are made of `folders` of `tests/training/folders.py`."""
+    """How much to measure: `pictures` for each client. `folders` are those of `tests/training/folders.py` to export."""
 
     num_clients: tuple[int, ...] = (1, 8, 16)
     pictures: int = 12
@@ -51,7 +51,7 @@ SMOKE = Plan(num_clients=(2,), pictures=1, num_steps=2, rounds=1, folders=())
 
 
 def measure(plan: Plan) -> Report:
-    """Kinds by number of clients, with the cost of each by that of text; and exports."""
+    """Measures two tables: kinds by number of clients, with costs relative to text; and exports."""
     rows: list[Row] = []
     settings: dict[str, object] = {"models_dir": plan.models}
     with processes.child(processes.obey) as clients, processes.child(processes.serve, settings) as server:
@@ -85,7 +85,7 @@ def _of_plain(row: Mapping[str, float | int | str], plain: Mapping[str, float | 
 
 
 async def upload(address: str) -> dict[str, list[bytes]]:
-    """Uploads a picture and a mask; the specs of each kind, which clients take in turn."""
+    """Uploads a picture and a mask; returns the specs of each kind, which clients use in turn."""
     across, down = np.meshgrid(np.arange(128), np.arange(128))
     photo = np.stack([2 * across, 2 * down, 255 - across], axis=2).astype(np.uint8)
     names = []
@@ -117,7 +117,7 @@ async def upload(address: str) -> dict[str, list[bytes]]:
 
 
 async def develop(address: str, plan: Plan, num_clients: int, specs: list[bytes], round_: int) -> tuple[float, int]:
-    """Each client asks for its pictures one after another; seconds until all have them, and the denoiser's rows."""
+    """Each client requests its pictures one after another; returns the seconds until the end, and the denoiser rows."""
     num_rows = 0
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
@@ -140,7 +140,7 @@ async def develop(address: str, plan: Plan, num_clients: int, specs: list[bytes]
 
 
 def _exported(name: str) -> Row:
-    """Exports a small pipeline, quantizes what was made, and says how long both took."""
+    """Exports a small pipeline and quantizes it; the row has the time of both."""
     # they have torch, which the other parts do without
     folders = importlib.import_module("tests.training.folders")
     exporter = importlib.import_module("safelight_server.export.exporter")

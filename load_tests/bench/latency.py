@@ -1,8 +1,9 @@
 """Time to first pixel and to the picture under Poisson arrivals: Safelight and servers that return only the picture.
 
 Each server is loaded at shares of its own measured capacity, and all at the
-same share of the slowest one's. All servers run all the time; a peer that is not
-loaded is idle. The clients are one process. A peer's first pixel is that of its picture.
+same share of the slowest server's capacity. All servers run all the time; a peer
+without load is stopped (`Peer.awake`). The clients are one process. A peer sends
+no previews, so its first pixel is that of its picture.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Plan:
     """How much to measure: `rounds` x (shares + 1) x servers x `seconds`, and `capacity_s` for each server.
 
     Attributes:
-        num_clients: of the closed loop that measures capacity.
+        num_clients: clients of the closed loop that measures capacity.
     """
 
     models: Path = Path("models")
@@ -70,7 +71,7 @@ class Load:
 
 
 def measure(plan: Plan) -> Report:
-    """Capacities first, then rounds over loads and servers."""
+    """Measures capacities, then rounds over loads and servers."""
     with _servers(plan) as servers, processes.child(processes.obey) as clients:
         clients.first()
         capacities = {server: _capacity(clients, server, plan) for server in servers}
@@ -96,7 +97,7 @@ def measure(plan: Plan) -> Report:
 
 @contextlib.contextmanager
 def _servers(plan: Plan) -> Iterator[list[Server]]:
-    """Safelight and the peers; LitServe in two configurations, of which the better one is kept."""
+    """Starts Safelight and the peers; LitServe in two configurations, of which the better one is used."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
         safelight = stack.enter_context(processes.child(processes.serve, {"models_dir": plan.models}))
@@ -120,7 +121,7 @@ def _capacity(clients: Child, server: Server, plan: Plan) -> float:
 
 
 def _choose(capacities: Mapping[Server, float]) -> tuple[dict[Server, float], list[str]]:
-    """The best configuration of each kind."""
+    """Chooses the best configuration of each kind of server."""
     best: dict[str, Server] = {}
     for server in sorted(capacities, key=capacities.__getitem__):
         best[server.kind] = server
@@ -150,7 +151,7 @@ def _percentile_ms(seconds: Sequence[float], percent: float) -> float:
 
 
 def _targets(rows: Sequence[Row]) -> list[Target]:
-    """How many times sooner than each peer's Safelight's first pixel comes, at equal loads."""
+    """By what factor Safelight's first pixel comes sooner than each peer's, at equal loads."""
     p99 = {(row["load"], row["server"]): float(row["first_pixel_ms_p99"]) for row in rows}
     return [
         Target(f"first pixel p99 of {server} by that of safelight at {load}", value / p99[load, "safelight"], BAR)

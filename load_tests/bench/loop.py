@@ -1,12 +1,12 @@
 """What sharing one event loop costs the denoiser (decision record 0002).
 
-The server is a process of its own on the simulated runtime, with a probe in
-it: how late the loop wakes who sleeps, and how long an instance stands still
-between two denoiser calls while outputs wait for their next step, by the clock
-and by the processor time of the loop's thread, which is what a machine with a
-core to spare would show. One case has
-2,000 streams, most of them slow; the other 64 outputs with latents, prompts and
-pictures of Stable Diffusion 1.5's size.
+The server is a process of its own on the simulated runtime, with a probe in it.
+The probe measures how late the loop wakes sleeping tasks, and how long an
+instance is idle between two denoiser calls while outputs wait for their next
+step. It measures that by the clock and by the CPU time of the loop's thread,
+which is what a machine with a free core would show. One case has 2,000 streams,
+most of them slow; the other has 64 outputs with latents, prompts and pictures of
+Stable Diffusion 1.5's size.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ SMOKE = Plan(num_streams=6, num_healthy=2, num_outputs=2, step_ms=20.0, warm_up_
 
 
 def measure(plan: Plan) -> Report:
-    """Both cases, one after the other."""
+    """Measures both cases, one after the other."""
     return Report("loop", {"Denoiser calls on a shared event loop": [_many_streams(plan), _large_latents(plan)]})
 
 
 class Probe:
-    """Measures a server from inside. One instance is assumed."""
+    """Measures a server from inside. It assumes one instance."""
 
     def __init__(self, running: Running) -> None:
         self._engine = running.generations._engine
@@ -73,12 +73,12 @@ class Probe:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what it has seen."""
+        """Starts the measurement again."""
         self._late, self._gaps, self._gaps_cpu, self._steps = [], [], [], []
         self._from = time.monotonic(), time.process_time(), self._critical_s()
 
     def figures(self) -> Row:
-        """In milliseconds, and shares of the time since `reset`."""
+        """The measurements since `reset`: times in milliseconds, and shares of the elapsed time."""
         elapsed, cpu = time.monotonic() - self._from[0], time.process_time() - self._from[1]
         figures = {
             "calls": len(self._gaps),
@@ -116,7 +116,7 @@ class Probe:
 
 
 def _many_streams(plan: Plan) -> Row:
-    """Raw previews from the preview decoder; as `watchers`."""
+    """Raw previews from the preview decoder, to the streams of `watchers`."""
     num_generations = -(-plan.num_streams // watchers.STREAMS_PER_GENERATION)
     num_slow = plan.num_streams - plan.num_healthy
     with processes.child(_serving, num_generations, plan.step_ms) as server:
@@ -167,7 +167,7 @@ async def _serving(pipe: Connection, num_generations: int, step_ms: float) -> No
 
 async def _serving_large(pipe: Connection, num_outputs: int) -> None:
     configure_logging("json", "error")
-    for name, value in SD15.items():  # of this process only
+    for name, value in SD15.items():  # changes this process only
         setattr(simulated, name, value)
     settings = load(
         port=0, runtime="simulated", simulated_base_ms=20.0, simulated_row_ms=1.0, num_instances=1, log_level="error",

@@ -1,12 +1,12 @@
-"""Compares who merges rows into batches: the engine, or Triton's dynamic batcher with one call per generation.
+"""Compares two places where rows are merged into batches: the engine, or Triton's dynamic batcher.
 
-A Triton model of this module sleeps along the design's cost curve, 20 ms + 1 ms
-a row up to 64 rows, and gives back what it was given. The same engine drives
-it in all cases, without guidance, a row a step: once it sends batches of up to
-64 rows, one after another; else each generation's row as a call of its own,
-and Triton merges what waits: at once, after a delay, by preferred sizes, and
-told how many rows there will be, which no server can know. CPU is that of the
-engine's process and of the server with its stubs.
+The Triton model (`merging_model.py`) sleeps 20 ms + 1 ms a row for up to 64 rows,
+the cost curve of the design, and returns its input. The same engine drives it in
+all cases, without guidance, so one row a step. In one case the engine sends
+batches of up to 64 rows, one after another. In the others each generation's row
+is a call of its own, and Triton merges waiting calls: at once, after a delay, by
+preferred sizes, or knowing the number of rows, which no real server can know. CPU
+is that of the engine's process and of the server with its stubs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ parameters {{ key: "row_ms" value {{ string_value: "{row_ms}" }} }}
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How rows come to Triton.
+    """A way in which rows are sent to Triton and merged.
 
     Attributes:
         model: name of its model on the server.
@@ -73,7 +73,7 @@ class Way:
         return f"{self.model}_{min(count, MAX_ROWS)}" if self.waits_for_all else self.model
 
     def preferred_for(self, count: int) -> tuple[int, ...]:
-        """Preferred sizes of that model."""
+        """The preferred batch sizes of the model for `count` generations."""
         return (min(count, MAX_ROWS),) if self.waits_for_all else self.preferred
 
 
@@ -88,7 +88,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure. `num_steps` are for each of `num_generations`."""
+    """How much to measure: `num_steps` steps with each of `num_generations`."""
 
     num_generations: tuple[int, ...] = (16, 64, 256)
     num_steps: tuple[int, ...] = (40, 25, 10)
@@ -102,9 +102,9 @@ class OnTriton(SimulatedRuntime):
     """The simulated runtime with its denoiser on a Triton server.
 
     Args:
-        model: of the server.
-        num_calls: at once.
-        max_rows: of a call.
+        model: name of the model on the server.
+        num_calls: most calls at once.
+        max_rows: most rows of a call.
     """
 
     name = "simulated-on-triton"
@@ -116,14 +116,14 @@ class OnTriton(SimulatedRuntime):
         self._rows = max_rows
 
     def max_rows(self, model: str, component: Component) -> int:
-        """Of the denoiser, as given."""
+        """Most rows of a call."""
         return self._rows if component is Component.DENOISER else MAX_ROWS
 
     async def start(self) -> None:
-        """The report says what it is."""
+        """Omits the simulated runtime's warning; the report describes this runtime."""
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
-        """The denoiser's calls go to the server, all tensors in them."""
+        """Sends calls of the denoiser to the server, with their tensors in the message."""
         if component is not Component.DENOISER:
             return await super().run(instance, model, component, inputs)
         tensors = []
@@ -141,7 +141,7 @@ class OnTriton(SimulatedRuntime):
 
 
 def measure(plan: Plan) -> Report:
-    """The table."""
+    """Measures all ways; returns the table."""
     with tempfile.TemporaryDirectory(prefix="safelight-merging-") as folder:
         write_repository(Path(folder), plan.num_generations)
         with triton_server("--repository", folder) as server:
@@ -151,7 +151,7 @@ def measure(plan: Plan) -> Report:
 
 
 def write_repository(folder: Path, num_generations: Sequence[int]) -> None:
-    """A model for each way, so that each has statistics of its own."""
+    """Writes a repository with a model for each way, so that each has its own statistics."""
     for way in WAYS:
         for count in num_generations:
             model = folder / way.model_for(count)
@@ -193,7 +193,7 @@ async def _measure(plan: Plan, server: TritonServer) -> list[Row]:
 
 
 async def _executed(client: triton_grpc.InferenceServerClient, model: str) -> tuple[int, int]:
-    """Rows and calls of a model so far."""
+    """Rows and calls that a model has executed so far."""
     [found] = (await client.get_inference_statistics(model)).model_stats
     return found.inference_count, found.execution_count
 

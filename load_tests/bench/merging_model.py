@@ -1,4 +1,4 @@
-"""A model of Triton's Python backend for `merging.py`: sleeps base + rows x row, gives back a tenth of its sample.
+"""A model of Triton's Python backend for `merging.py`: sleeps base + rows * row, and returns a tenth of its sample.
 
 Triton hands it the requests that its dynamic batcher has merged.
 """
@@ -16,7 +16,7 @@ class TritonPythonModel:
     """Triton's interface of a Python model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the curve from the configuration."""
+        """Reads the cost curve from the configuration."""
         parameters = json.loads(args["model_config"])["parameters"]
         self._base_s, self._row_s = (float(parameters[name]["string_value"]) / 1e3 for name in ("base_ms", "row_ms"))
 

@@ -1,11 +1,11 @@
 """Overhead of the caches when no request repeats.
 
-Requests that have their prompt and seed to themselves, once with BYPASS, once
-with DEFAULT and once with ALLOW_SIMILAR, in rounds that take turns: on the
-simulated runtime along the design's curve (20 ms + 1 ms a row) and on `icons`.
-What is measured is looking and keeping. On the simulated runtime all that was
-kept is compared, since the vectors of two digests have nothing in common; on
-`icons` every request has a guidance of its own, which nothing else serves.
+Each request has a prompt and seed of its own. Rounds with BYPASS, DEFAULT and
+ALLOW_SIMILAR take turns: on the simulated runtime with the design's cost curve
+(20 ms + 1 ms a row), and on `icons`. The difference is the cost of lookups and of
+storing. On the simulated runtime the prompts' vectors are unrelated, so a lookup
+compares everything that is stored and finds nothing; on `icons` each request has a
+guidance scale of its own, which no stored picture has.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BAR = 0.98
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure; `num_pictures` in each mode of a round, by runtime."""
+    """How much to measure: `num_pictures` in each mode of a round, by runtime."""
 
     num_pictures: tuple[tuple[str, int], ...] = (("simulated", 64), ("onnx", 96))
     num_steps: int = 20
@@ -50,7 +50,7 @@ SMOKE = Plan((("simulated", 4),), num_steps=3, num_clients=2, rounds=1)
 
 
 def measure(plan: Plan) -> Report:
-    """A table for each runtime."""
+    """Measures a table for each runtime."""
     tables, targets = {}, []
     for runtime, num_pictures in plan.num_pictures:
         rows = median_by(_rounds(plan, runtime, num_pictures), ("mode",))
@@ -96,13 +96,13 @@ def _one(
 
 
 async def ask(address: str, mode: str, requests: range, num_clients: int, num_steps: int, alike: bool) -> float:
-    """Seconds that clients, one request after the other each, take for all pictures.
+    """Seconds until all pictures have come; each client sends one request after another.
 
     Args:
-        alike: prompts are, so that each request has a guidance of its own.
+        alike: whether prompts are similar; each request then has a guidance scale of its own.
 
     Raises:
-        RuntimeError: something was served by earlier work.
+        RuntimeError: a picture came from a cache.
     """
     numbers = iter(requests)
     async with grpc.aio.insecure_channel(address) as channel:

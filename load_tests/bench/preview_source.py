@@ -1,8 +1,8 @@
-"""A server of gRPC and gRPC-Web that sends previews of a fixed size, as fast as its client takes them or at a pace.
+"""A gRPC and gRPC-Web server that sends previews of a fixed size, as fast as its client reads them or at a fixed rate.
 
-It computes nothing and passes nothing over, so that what is measured is the client. A request says how many previews
-(`num_inference_steps`), how large (`preview.max_edge_px` in both directions, raw RGBA8) and how far apart
-(`preview.min_interval`). All previews of a stream are the same bytes; a small picture follows them.
+It computes nothing and skips no preview, so that the client is what is measured. A request gives the number of previews
+(`num_inference_steps`), their edge (`preview.max_edge_px`, square, raw RGBA8) and their interval
+(`preview.min_interval`). All previews of a stream have the same bytes; a small picture follows them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PICTURE_PX = 16
 
 
 class PreviewSource:
-    """Answers Generate, and remembers when it has handed the previews of the newest stream to gRPC."""
+    """Answers Generate, and notes when it has handed the previews of the newest stream to gRPC."""
 
     def __init__(self) -> None:
         self._written_us: list[int] = []
         self._cpu_s = time.process_time()
 
     async def generate(self, data: bytes, _: object) -> AsyncIterator[bytes]:
-        """Accepted, the previews, the picture, and the end, as serialized responses."""
+        """Yields Accepted, the previews, the picture and Finished, as serialized responses."""
         request = pb.GenerateRequest.FromString(data)
         written_us = self._written_us = list[int]()
         preview = _response(preview=_preview(request.preview.max_edge_px))
@@ -56,18 +56,18 @@ class PreviewSource:
         yield _response(3, finished=pb.Finished(usage=pb.Usage(num_steps=request.spec.num_inference_steps)))
 
     async def told(self) -> tuple[list[int], float]:
-        """What is known of the newest stream, once a question.
+        """Returns the measurements of the newest stream.
 
         Returns:
-            Microseconds since 1970, by this machine's clock, of each preview; and the CPU seconds of this process since
-            the question before.
+            When each preview was sent, in microseconds since 1970 by this machine's clock; and the CPU seconds of this
+            process since the previous call.
         """
         before, self._cpu_s = self._cpu_s, time.process_time()
         return self._written_us, self._cpu_s - before
 
 
 async def serve(pipe: Connection) -> None:
-    """Says the addresses for gRPC and gRPC-Web, then answers questions with what is `told` of the newest stream."""
+    """Sends the addresses for gRPC and gRPC-Web, then answers each question with the result of `told`."""
     source = PreviewSource()
     handler: Handler = grpc.unary_stream_rpc_method_handler(source.generate)
     server = grpc.aio.server(options=OPTIONS)
@@ -83,7 +83,7 @@ async def serve(pipe: Connection) -> None:
 
 
 def _web(handler: Handler) -> ASGIApp:
-    """Answers every request by a handler, as the server's HTTP port does, without its routes and the identity."""
+    """An ASGI app that answers every request by a handler, as the server's HTTP port does, but without identities."""
     method = GrpcWebMethod(handler)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,9 +1,8 @@
-"""Servers and clients in processes of their own, so that CPU time and lateness can be told apart.
+"""Servers and clients in processes of their own, so that their CPU time and lateness can be measured separately.
 
-A child runs one coroutine on uvloop, as the server does in production, and
-talks over a pipe: whatever is sent to it is answered with one object. Reading
-from the pipe fails with EOFError when the child has died. Invariant: a child
-does not outlive its block.
+A child runs one coroutine on uvloop, as the server does in production. It answers
+each message on its pipe with one object. Reading from the pipe fails with
+EOFError if the child has died. Invariant: a child does not outlive its block.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class ChildError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process has used so far, with all its threads."""
+    """Resources that a process has used so far, with all its threads."""
 
     resident_bytes: int
     cpu_s: float
@@ -49,11 +48,11 @@ class Child:
     pipe: Connection
 
     def first(self, timeout_s: float = CHILD_STARTS_S) -> Any:
-        """What the child says once it is ready."""
+        """Waits for the first message of the child, which it sends when it is ready."""
         return self._receive(timeout_s)
 
     def ask(self, *question: object) -> Any:
-        """Sends and waits for the answer."""
+        """Sends a question and waits for the answer."""
         self.pipe.send(question)
         return self._receive(CHILD_ANSWERS_S)
 
@@ -68,7 +67,7 @@ class Child:
 
 @contextlib.contextmanager
 def child(main: Callable[..., Coroutine[Any, Any, None]], *args: object) -> Iterator[Child]:
-    """Runs `main(pipe, *args)` in a fresh interpreter while the block runs."""
+    """Runs `main(pipe, *args)` in a new interpreter during the block."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_run, args=(main, theirs, *args), daemon=True)
@@ -92,13 +91,13 @@ async def answer(pipe: Connection, work: Callable[..., Awaitable[object]]) -> No
         question = await asyncio.to_thread(pipe.recv)
         try:
             pipe.send(await work(*question))
-        except BaseException as error:  # whatever it is, the parent must hear of it
+        except BaseException as error:  # the parent must get every error
             pipe.send(ChildError(repr(error)))
             raise
 
 
 async def serve(pipe: Connection, settings: dict[str, object]) -> None:
-    """A Safelight server: says its address, then answers every question with its usage."""
+    """A Safelight server: sends its address, then answers every question with its usage."""
     configure_logging("json", "error")
     async with serving(load(**{"port": 0, "log_level": "error"} | settings)) as running:
         settle()

@@ -21,19 +21,19 @@ METHODS = {
     "auto": pb.PREVIEW_METHOD_AUTO,
 }
 CHANNEL_OPTIONS = [
-    ("grpc.http2.bdp_probe", 0),  # with lookahead: previews wait at the server, where the newest wins
+    ("grpc.http2.bdp_probe", 0),  # with lookahead: previews wait at the server, where newer ones replace older ones
     ("grpc.http2.lookahead_bytes", 65536),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
 class NoPicture(Exception):
-    """A server refused or failed; the message says what it said."""
+    """A server refused or failed a request; the message has its error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """When a client saw pixels, on `time.perf_counter`; without previews the first are the picture's."""
+    """When a client got pixels, on `time.perf_counter`; without previews the first pixels are the picture's."""
 
     first_pixel: float
     picture: float
@@ -41,7 +41,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a closed loop of clients saw."""
+    """Measurements of a closed loop of clients."""
 
     wall_s: float
     num_pictures: int
@@ -49,14 +49,14 @@ class Asked:
 
 
 def request(seed: int, num_steps: int, previews: str) -> pb.GenerateRequest:
-    """One guided picture as raw RGBA8, with previews of every step as raw RGBA8, or none. It is always computed."""
+    """A request for one guided picture, with previews of every step or none, all raw RGBA8. It bypasses the caches."""
     policy = pb.PreviewPolicy(method=METHODS[previews], accept=[] if previews == "none" else [RAW])
     spec = pb.GenerationSpec(prompt=PROMPT, num_inference_steps=num_steps, outputs=[pb.OutputSpec(seed=seed)])
     return pb.GenerateRequest(spec=spec, preview=policy, encoding=RAW, cache=COMPUTE)
 
 
 async def closed_loop(address: str, num_clients: int, num_pictures: int, num_steps: int, previews: str) -> Asked:
-    """`num_clients` clients that ask one picture after another, until `num_pictures` were asked for."""
+    """Runs `num_clients` clients that request one picture after another, until `num_pictures` were requested."""
     async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
         await channel.channel_ready()
         stub = stubs.GenerationServiceStub(channel)
@@ -77,10 +77,10 @@ async def _client(stub: stubs.GenerationServiceAsyncStub, seeds: Iterator[int], 
 
 
 async def watch(stub: stubs.GenerationServiceAsyncStub, seed: int, num_steps: int) -> Seen:
-    """One picture with AUTO previews.
+    """Requests one picture with AUTO previews and watches it.
 
     Raises:
-        NoPicture: it was refused or failed.
+        NoPicture: the request was refused or failed.
     """
     first = picture = 0.0
     try:

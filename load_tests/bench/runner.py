@@ -1,7 +1,8 @@
 """Reports of the benchmarks: tables, targets and machine facts, printed and written as JSON.
 
-Figures of one table come from one run, in interleaved rounds, so that what
-else the machine does hits all of them; medians over rounds, and ratios.
+Figures of one table come from one run, in interleaved rounds, so that other load
+on the machine affects all of them alike. Tables have medians over rounds, and
+ratios.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PACKAGES = ("grpcio", "numpy", "onnxruntime", "uvloop", "litserve", "torch", "di
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure that must be at least `bar`."""
+    """A figure that must be at least `bar`, the target."""
 
     what: str
     figure: float
@@ -33,17 +34,17 @@ class Target:
 
     @property
     def is_met(self) -> bool:
-        """Whether the figure reaches the bar."""
+        """Whether the figure reaches the target."""
         return self.figure >= self.bar
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a part has measured.
+    """Results of one part.
 
     Attributes:
         tables: rows by title; rows of one table have the same columns.
-        notes: what a reader must know of this run, such as a choice it made.
+        notes: remarks on this run, such as a choice that it made.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Report:
 
 
 def run(measure: Callable[[], Report], console: Console, out: Path) -> Report:
-    """Measures one part, prints it, writes `out/NAME.json`."""
+    """Measures one part, prints its report, and writes `out/NAME.json`."""
     began, load_before = datetime.now(UTC), os.getloadavg()
     report = measure()
     machine = facts() | {
@@ -71,7 +72,7 @@ def run(measure: Callable[[], Report], console: Console, out: Path) -> Report:
 
 
 def facts() -> dict[str, object]:
-    """The machine and the versions of what is measured."""
+    """Describes the machine, and the versions of the software that is measured."""
     return {
         "architecture": platform.machine(),
         "processor": _processor(),

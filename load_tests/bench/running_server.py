@@ -1,4 +1,4 @@
-"""Puts load on a running server from this machine and prints what its clients see: `make bench-server`."""
+"""Puts load on a running server from this machine and prints the clients' measurements: `make bench-server`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ClientFigures:
 async def bench(
     connect: Callable[[], Client], *, clients: int, pictures: int, steps: int | None, console: Console
 ) -> None:
-    """Lets `clients` clients ask at once until `pictures` pictures were asked for, and prints a table."""
+    """Runs `clients` clients at once until `pictures` pictures were requested, and prints a table."""
     seen = ClientFigures()
     numbers = iter(range(pictures))
     async with connect() as client:
-        await client.models()  # the connection is up before the time runs
+        await client.models()  # connects before the measurement begins
 
         async def ask() -> None:
             for number in numbers:
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=20, help="pictures to ask for, over all clients")
     parser.add_argument("--steps", type=int, help="denoising steps; the model's default where absent")
     parser.add_argument("--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), help="or SAFELIGHT_API_KEY")
-    parser.add_argument("--ca-file", type=Path, help="PEM of who signed the server's certificate: asks by TLS")
+    parser.add_argument("--ca-file", type=Path, help="PEM of the server's certificate authority; enables TLS")
     parser.add_argument("--server-name", default="", help="in the certificate, if it is not the target's")
     given = parser.parse_args(arguments)
     if given.clients < 1 or given.pictures < 1:

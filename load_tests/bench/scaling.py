@@ -1,8 +1,8 @@
-"""Ways of scaling a fleet, simulated on traces of demand: what each pays for too much, and what waits too long.
+"""Scaling policies of a fleet, simulated on traces of demand: what each over-provisions, and what waits too long.
 
-Not a measurement of this machine: the same figures come everywhere, from the
-same seeds. A file given as SCALING_TRACE (a CSV of `timestamp,value`) is
-simulated beside the generated traces.
+This does not measure the machine: the same seeds give the same figures everywhere.
+SCALING_TRACE can name a CSV file of `timestamp,value`, which is then simulated
+beside the generated traces.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Plan:
     """How much to simulate.
 
     Attributes:
-        num_weeks: of each generated trace; the last one is scaled, those before it are the history.
+        num_weeks: weeks of each generated trace; the policies run in the last one, the others are their history.
     """
 
     num_weeks: int = 4
@@ -99,7 +99,7 @@ def _policies(demand: NDArray[np.float64], first_week: int, forecasts: Forecasts
 
 
 def _target(trace: str, rows: list[Row]) -> Target:
-    """Over-provisioning by CPU, to that of the cheapest of ours that misses no more; for CPU's best target."""
+    """Over-provisioning by CPU at its best target, relative to that of the cheapest scaler that misses no more."""
     figures = {str(row["policy"]): (float(row["over_provisioning"]), float(row["missed"])) for row in rows}
     ours = [figure for name, figure in figures.items() if name.startswith("scaler")]
     ratios = []

@@ -1,9 +1,9 @@
 """Steps per second of the scheduler, compared with batches that are always full, and the gateway's CPU time.
 
-The curve is the design's, 20 ms + 1 ms a row. Times are the server's own, from
-the first batch of the first generation to the last step of the last. At zero
-cost the runtime answers at once, so all CPU of the server's process is the
-gateway's: gRPC, admission, scheduler, sampler, streams.
+The cost curve is the design's, 20 ms + 1 ms a row. Times are the server's own,
+from the first batch of the first generation to the last step of the last. With
+zero cost the simulated runtime answers at once, so all CPU of the server's process
+is the gateway's: gRPC, admission, scheduler, sampler, streams.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BAR = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure. `num_steps` are for each of `num_generations`."""
+    """How much to measure: `num_steps` steps with each of `num_generations`."""
 
     num_generations: tuple[int, ...] = (16, 64, 256)
     num_steps: tuple[int, ...] = (100, 80, 40)
@@ -40,7 +40,7 @@ SMOKE = Plan(num_generations=(2, 4), num_steps=(5, 5), rounds=1)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One run. `cpu_s` is the server's, from the first request to the last event."""
+    """Results of one run. `cpu_s` is the server's, from the first request to the last event."""
 
     num_generations: int
     num_steps: int
@@ -49,7 +49,7 @@ class Result:
 
 
 def measure(plan: Plan) -> Report:
-    """Both tables."""
+    """Measures both tables."""
     with (
         processes.child(processes.obey) as clients,
         processes.child(processes.serve, _settings(plan, BASE_MS, ROW_MS)) as on_curve,

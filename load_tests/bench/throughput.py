@@ -1,7 +1,7 @@
 """Pictures per second, and per CPU second of the server, with previews of every step, against the bare loop.
 
-Server, clients and bare loop are a process each; only one of them works for a
-figure at a time, and the clients' CPU is not the server's.
+Server, clients and bare loop are processes of their own, so that the server's CPU does
+not include the clients'. Only one of server and bare loop works at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BAR, BAR_CLIENTS = 0.92, 16
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure. `num_pictures` are for each of `num_clients`."""
+    """How much to measure: `num_pictures` pictures with each of `num_clients`."""
 
     models: Path = Path("models")
     num_clients: tuple[int, ...] = (1, 4, 16, 64)
@@ -33,7 +33,7 @@ SMOKE = Plan(num_clients=(1, 2), num_pictures=(2, 4), num_steps=3, rounds=1)
 
 
 def measure(plan: Plan) -> Report:
-    """Rounds of bare loop, linear and decoder previews, side by side."""
+    """Measures rounds of the bare loop and of the server with linear and with decoder previews."""
     rows = []
     settings = {"models_dir": plan.models, "max_running_outputs": max(64, *plan.num_clients)}
     with (

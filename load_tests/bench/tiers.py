@@ -1,6 +1,6 @@
 """Latency of the cache tiers and of the replicas' coordination (leases, events, commits), encryption included.
 
-Needs Debian's redis-server; starts one of its own.
+Needs Debian's redis-server; it starts a server of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SMOKE = Plan(num_bytes=(1 << 10,), count=5)
 
 
 def measure(plan: Plan) -> Report:
-    """Both tables."""
+    """Measures both tables."""
     return asyncio.run(_measure(plan))
 
 

@@ -1,10 +1,10 @@
 """gRPC, gRPC-Web and server-sent events: the same pictures with three previews each, from one server.
 
 The server is real, on the simulated runtime with the sizes of Stable Diffusion 1.5; a probe notes when it has
-serialized a preview. The request over gRPC is the one that the HTTP port makes of the JSON. By gRPC the clients are the
-client library in Python and the runner of the TypeScript client, and by gRPC-Web the same runner as pages use it, with
-Node's `fetch`. By server-sent events the client does in Python what OpenAI's package does: it splits lines, reads JSON
-and decodes base64. Each has one connection and asks for one picture after another.
+serialized a preview. The request over gRPC is the one that the HTTP port makes of its JSON. Over gRPC the clients are
+the Python client library and the runner of the TypeScript client; over gRPC-Web, that runner with the client for pages
+and Node's `fetch`. For server-sent events a Python client does what OpenAI's package does: it splits lines, parses JSON
+and decodes base64. Each client has one connection and requests one picture after another.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Plan:
     """How much to measure: `num_pictures` by each way in each round.
 
     Attributes:
-        step_ms: what the simulated denoiser takes: longer than a preview, so that hardly one is passed over.
-        typescript: measures the TypeScript client too, where Node is here.
+        step_ms: time of a simulated denoiser call; longer than that of a preview, so that hardly any is skipped.
+        typescript: whether to measure the TypeScript client too, if Node is installed.
     """
 
     num_pictures: int = 40
@@ -66,13 +66,13 @@ class Plan:
 
 
 class Client(Protocol):
-    """A process that asks for pictures, one after another."""
+    """A process that requests pictures, one after another."""
 
     def cpu_s(self) -> float:
         """CPU seconds of the process so far, with all its threads."""
 
     def ask(self, seeds: range) -> list[int]:
-        """Asks for a picture of each seed; when each preview came, in microseconds since 1970."""
+        """Requests a picture of each seed; returns when each preview came, in microseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +95,13 @@ class PythonClient:
 
 @dataclass(frozen=True, slots=True)
 class RunnerClient:
-    """A runner of clients/CONFORMANCE.md, which sends the requests that it is to measure one after another."""
+    """A runner of clients/CONFORMANCE.md, which sends the given requests one after another."""
 
     process: subprocess.Popen[str]
     address: str
 
     def cpu_s(self) -> float:
-        """See `Client`; to the clock tick of the system, 10 ms."""
+        """See `Client`. The resolution is the system's clock tick, 10 ms."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
@@ -125,7 +125,7 @@ class RunnerClient:
 
 
 def rows(plan: Plan) -> list[dict[str, float | int | str]]:
-    """A row for each way, medians over rounds."""
+    """Measures all ways; a row for each, with medians over rounds."""
     measured: list[Row] = []
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(processes.child(_serving, plan.step_ms))
@@ -152,7 +152,7 @@ def _clients(plan: Plan, grpc_address: str, http_address: str, stack: contextlib
 
 @contextlib.contextmanager
 def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A runner, until the block ends."""
+    """Starts a runner and ends it after the block."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -189,13 +189,13 @@ def _body(seed: int) -> bytes:
 
 
 def _requests(seeds: range) -> list[pb.GenerateRequest]:
-    """What the HTTP port makes of the JSON of each seed."""
+    """The requests that the HTTP port makes of the JSON of each seed."""
     catalog = Catalog([simulated.simulated_pipeline()])
     return [generate_request(parse(_body(seed)), catalog)[0] for seed in seeds]
 
 
 async def by_grpc(address: str, seeds: range) -> list[int]:
-    """Asks for the pictures; when each preview came, in microseconds since 1970."""
+    """Requests the pictures over gRPC; returns when each preview came, in microseconds since 1970."""
     requests = _requests(seeds)
     received_us: list[int] = []
     async with safelight.Client(address) as client:
@@ -207,7 +207,7 @@ async def by_grpc(address: str, seeds: range) -> list[int]:
 
 
 async def by_http(address: str, seeds: range) -> list[int]:
-    """As `by_grpc`, by the HTTP port."""
+    """As `by_grpc`, but over the HTTP port."""
     received_us: list[int] = []
     headers, partial = {"content-type": "application/json"}, "event: image_generation.partial_image"
     async with httpx2.AsyncClient(base_url=f"http://{address}", headers=headers, trust_env=False) as client:
@@ -226,7 +226,7 @@ async def by_http(address: str, seeds: range) -> list[int]:
 
 
 async def _serving(pipe: Connection, step_ms: float) -> None:
-    """Says both addresses; answers with its CPU seconds, and times and bytes of previews, since the question before."""
+    """Sends both addresses; answers with its CPU seconds and the previews' times and bytes since the last question."""
     configure_logging("json", "error")
     for name, value in loop.SD15.items():  # of this process only
         setattr(simulated, name, value)

@@ -1,8 +1,8 @@
 """The triton runtime compared with the embedded one: throughput, CPU per step, and the pause after a kill -9.
 
-Runs the engine without streams, so that what is compared is the runtimes, with
-one instance each; CPU is that of this process and, for Triton, of the server
-and its stubs.
+It runs the engine without streams, with one instance, so that the difference is
+that of the runtimes. CPU is that of this process and, for Triton, of the server and
+its stubs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STANDBY_S, READINESS_S = 0.1, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure; `kills` for each of the two recovery times."""
+    """How much to measure: `kills` for each of the two recovery times."""
 
     num_generations: tuple[int, ...] = (1, 8, 16)
     rounds: int = 5
@@ -44,7 +44,7 @@ SMOKE = Plan(num_generations=(1, 2), rounds=1, kills=1)
 
 
 def measure(plan: Plan) -> Report:
-    """Both tables."""
+    """Measures both tables."""
     return asyncio.run(_measure(plan))
 
 
@@ -68,7 +68,7 @@ async def _measure(plan: Plan) -> Report:
 
 
 async def _throughput(catalog: Catalog, plan: Plan) -> Sequence[Row]:
-    """Images per second and CPU milliseconds per step; all variants take turns."""
+    """Measures images per second and CPU milliseconds per step; the variants take turns."""
     rows: list[Row] = []
     with triton_server() as server:
         url = (server.grpc_url,)

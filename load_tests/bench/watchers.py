@@ -1,9 +1,9 @@
 """2,000 streams on one server, most of them slow: the cost of a stream, and how late events reach healthy clients.
 
-The server is a process of its own on the simulated runtime; the slow and the
-healthy clients are one process each, so that a late event is the server's
-doing. Lateness is from an event's own time to its arrival, on one machine's
-clock.
+The server is a process of its own on the simulated runtime. The slow clients are
+one process and the healthy ones another, so that slow clients cannot delay the
+healthy ones themselves. Lateness is the time from the event's timestamp to its
+arrival, by this machine's clock.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SMOKE = Plan(num_streams=6, num_healthy=2, step_ms=20.0, warm_up_s=0.2, seconds=
 
 
 def measure(plan: Plan) -> Report:
-    """Opens the slow streams, then the healthy ones, and watches for a while."""
+    """Opens the slow streams, then the healthy ones, and measures for a while."""
     num_slow = plan.num_streams - plan.num_healthy
     num_generations = -(-plan.num_streams // STREAMS_PER_GENERATION)
     with processes.child(_serving, num_generations, plan.step_ms) as server:

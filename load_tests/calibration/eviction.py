@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to simulate; `shares` of the bytes that an unbounded cache keeps."""
+    """How much to simulate. `shares` are cache sizes, as shares of the bytes that an unbounded cache keeps."""
 
     seeds: tuple[int, ...] = SEEDS
     num_requests: int = DEFAULT.num_requests
@@ -71,7 +71,7 @@ class Result:
 
     @property
     def saved(self) -> float:
-        """S: the share of all steps."""
+        """S: the share of all steps that the caches save."""
         return self.steps.total() / (self.num_requests * NUM_STEPS)
 
 

@@ -1,9 +1,9 @@
 """Measures recall and CPU time of the caches' vector indexes against faiss, side by side in one run.
 
-On captions of `icons` through its real encoder and on clustered random vectors
-of 768 dimensions. All indexes of a table are built first and asked in turn, a
-block of queries each; CPU is that of this process for one lookup. A million
-vectors take some 14 GiB and, the first time, a quarter of an hour.
+Vectors are captions of `icons` through its real encoder, and clustered random
+vectors of 768 dimensions. All indexes of a table are built first and queried in
+turn, a block of queries each. CPU is that of this process for one lookup. A
+million vectors take about 14 GiB and, the first time, a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from load_tests.bench.runner import Report, Target
 from load_tests.calibration.vectors import Floats, Vectors, clustered, real
 
 NEAR, FAR = 0.95, 0.65
-"""The cosine of SIMILAR, and the lowest from which a latent is taken up."""
+"""The minimum cosine of SIMILAR, and that of warm starts from a latent."""
 EQUAL = 0.002
-"""Cosines this near count as equal: float16 and ties."""
+"""Cosines that differ by less count as equal, because of float16 and ties."""
 BLOCK = 50
 LIMIT = 16
 SCOPE = "scope"
@@ -52,7 +52,7 @@ class Plan:
     """How much to measure.
 
     Attributes:
-        bits: of the scans, faiss' and ours; `num_ranked` of what they find are compared exactly.
+        bits: bits of faiss' and our scans; the best `num_ranked` of their results are compared exactly.
     """
 
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
@@ -68,7 +68,7 @@ SMOKE = Plan(sizes=(200,), num_queries=20, bits=(256,))
 
 @dataclass(frozen=True)
 class Row:
-    """What one index did. Recalls are shares of the queries for which there is something to find.
+    """Results of one index. Recalls are shares of the queries for which there is something to find.
 
     Attributes:
         best_near: the nearest stored vector, or an equal one, came first; of queries with one at cosine 0.95 or more.

@@ -1,13 +1,13 @@
 """Replays the committed trace against a real server, with its caches off, with exact hits only, and with all.
 
-    off      BYPASS, a sample of the requests, the real runtime
-    exact    DEFAULT, all requests, the simulated runtime at no cost, which reads 16 bytes: digests for prompts;
-             what is counted depends neither on pixels nor on words
+    off      BYPASS, some of the requests, the real runtime
+    exact    DEFAULT, all requests, the simulated runtime at no cost, with digests instead of prompts (it reads
+             16 bytes); exact hits depend neither on pixels nor on words
     similar  ALLOW_SIMILAR, all requests, the real runtime
 
-Requests are sent in the order of the trace, several at a time, each when the one
-before it in its session is done; think times are left out. Keeps what was
-served in out/replay, for `training.judge`.
+Requests are sent in the order of the trace, several at a time, each when the
+previous one of its session has ended; think times are left out. The served
+pictures are kept in out/replay, for `training.judge`.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Plan:
     """How much to replay.
 
     Attributes:
-        num_requests: of each trace, from its beginning.
-        judged: of them, sent with the caches off.
-        num_clients: requests in flight.
-        min_similarity: of the requests that allow everything: what was found good for `icons` (record 0013).
-        out: what was served, with the pictures.
+        num_requests: number of requests of each trace, from its beginning.
+        judged: number of these that are also sent with the caches off.
+        num_clients: number of requests in flight.
+        min_similarity: minimum similarity in mode `similar`; the value chosen for `icons` (record 0013).
+        out: folder for the answers, with their pictures.
     """
 
     seeds: tuple[int, ...] = SEEDS
@@ -77,10 +77,10 @@ class Served:
     """One answer.
 
     Attributes:
-        number: of the request in its trace.
-        source: number of the request whose picture it is; -1: its own.
-        first_s: until something of the picture was seen, a preview or itself; from asking.
-        total_s: until it was there.
+        number: index of the request in its trace.
+        source: index of the request for which the picture was developed; -1: this one.
+        first_s: seconds from the request to the first preview or the picture.
+        total_s: seconds from the request to the picture.
     """
 
     number: int
@@ -121,7 +121,7 @@ class Player:
     """Sends requests and records the answers.
 
     Args:
-        numbers: of the requests to send; the others are left out.
+        numbers: indexes of the requests to send; the others are left out.
     """
 
     def __init__(self, asked: Sequence[Asked], numbers: Sequence[int], mode: str, plan: Plan) -> None:

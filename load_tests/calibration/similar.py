@@ -1,9 +1,9 @@
 """Compares the two indexes of similar pictures on the trace: LSH tables, scans, and tables before a scan.
 
-Each arrangement replays the trace by itself, as the server looks up a picture with
-ALLOW_SIMILAR: nearest first, at `MIN_SIMILARITY`, the same text facts, at most
-`MAX_USES` answers of one picture. What is not found is stored. Before the trace,
-`num_stored` other captions are stored, as after a long time.
+Each arrangement replays the trace as the server looks up a picture with
+ALLOW_SIMILAR: nearest first, with at least `MIN_SIMILARITY`, equal text facts, and at
+most `MAX_USES` uses of one picture. A request without a hit is stored. Before the
+trace `num_stored` other captions are stored, as after a long time of operation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from load_tests.calibration.vectors import Encoder, Floats, captions
 
 MIN_SIMILARITY = 0.7
 NUM_SCANNED = 10_000
-"""Pictures that the server scans, the newest ones of a namespace."""
+"""Number of pictures that the server scans: the newest of a namespace."""
 ARRANGEMENTS = (("tables",), ("newest",), ("all",), ("tables", "newest"))
-"""The last one is the server's."""
+"""Arrangements of indexes, by name; the last one is the server's."""
 SCOPE = "scope"
 Search = Callable[[Floats], Sequence[Match]]
 
@@ -63,7 +63,7 @@ class Indexes:
         self._all.add(SCOPE, str(item), vector)
 
     def tables(self, vector: Floats) -> Sequence[Match]:
-        """Looks into the tables."""
+        """Searches the LSH tables."""
         try:
             self._tables.search(SCOPE, vector, MIN_SIMILARITY, CANDIDATES).send(None)
         except StopIteration as done:
@@ -72,11 +72,11 @@ class Indexes:
         raise RuntimeError("a store in this process never waits")
 
     def newest(self, vector: Floats) -> Sequence[Match]:
-        """Scans the newest, as the server does."""
+        """Scans the newest items, as the server does."""
         return self._newest.search(SCOPE, vector, MIN_SIMILARITY, CANDIDATES)
 
     def all(self, vector: Floats) -> Sequence[Match]:
-        """Scans as many as the tables have."""
+        """Scans as many items as the tables hold."""
         return self._all.search(SCOPE, vector, MIN_SIMILARITY, CANDIDATES)
 
 
@@ -86,9 +86,9 @@ def replay(
     """Replays requests; returns the share that a stored picture answers, and the CPU milliseconds of each lookup.
 
     Args:
-        order: the indexes to look into, each where those before found nothing that may answer.
-        vectors: (N, D), of all captions.
-        facts: of all captions, in the same order.
+        order: the indexes to search; each is used if those before it have found no usable picture.
+        vectors: (N, D), the vectors of all captions.
+        facts: the facts of all captions, in the same order.
         first: the index of the first caption that is a request; those before it are stored.
     """
     searches: dict[str, Search] = {"tables": indexes.tables, "newest": indexes.newest, "all": indexes.all}

@@ -1,4 +1,4 @@
-"""A trace of requests for the caches' benchmark: how people ask for icons, drawn from committed parameters.
+"""A trace of requests for the caches' benchmark: how people request icons, drawn from committed parameters.
 
 Sessions start by a Poisson process, with prompts of Zipf popularity. After a think time, a session rephrases its
 prompt, adds a detail, changes something, or repeats the prompt. Every request carries its icon, so that the
@@ -22,9 +22,9 @@ from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, caption, sample_
 from training.icons.spec import PAINTS
 
 SEEDS = (1, 2, 3)
-"""Figures are reported for each of these."""
+"""Seeds of the traces for which figures are reported."""
 FORBIDDEN = {("potion", "wooden"), ("potion", "stone"), ("candle", "wooden"), ("candle", "stone")}
-"""Combinations that the training data never shows."""
+"""Combinations that the training data does not contain."""
 
 
 class Action(enum.StrEnum):
@@ -44,15 +44,15 @@ class Parameters:
     `rephrase`, `add` and `change` are shares of the requests after a session's first; the rest repeat the prompt.
 
     Attributes:
-        num_requests: of all sessions together.
-        num_prompts: prompts that sessions start from.
-        zipf_exponent: the popularity of the k-th is k to the minus this.
+        num_requests: number of requests of all sessions together.
+        num_prompts: number of prompts that sessions start from.
+        zipf_exponent: the k-th prompt has a popularity of k to the power of minus this.
         sessions_per_s: rate of the Poisson process by which sessions start.
-        mean_session_requests: of the geometric distribution of a session's length.
-        think_median_s: of the log-normal think time.
-        think_sigma: its spread, of the logarithm.
-        pinned_share: of the sessions that send a seed; it belongs to the prompt they start from, as an application's
-            preset does, and stays for the session. All others leave it to the server and can never hit EXACT.
+        mean_session_requests: mean of the geometric distribution of a session's length.
+        think_median_s: median of the log-normal think time.
+        think_sigma: standard deviation of the think time's logarithm.
+        pinned_share: share of sessions that send a seed. It belongs to the prompt that they start from, like an
+            application's preset, and stays for the session. The others let the server choose and can never hit EXACT.
     """
 
     num_requests: int = 2000
@@ -76,11 +76,11 @@ class Asked:
     """One request.
 
     Attributes:
-        at_s: since the trace began.
-        session: sessions are numbered by their start.
-        turn: 0 is the session's first.
-        icon: what a right picture shows; its object, colour and background are always named in the prompt.
-        seed: None: left to the server.
+        at_s: seconds since the trace began.
+        session: number of the session, in the order of their starts.
+        turn: index of the request in its session, from 0.
+        icon: what a correct picture shows; the prompt always names its object, colour and background.
+        seed: None: the server chooses it.
     """
 
     at_s: float
@@ -167,7 +167,7 @@ def _rephrased(icon: Spec, prompt: str, rng: random.Random) -> tuple[Spec, str]:
 
 
 def _additions(icon: Spec) -> list[Callable[[Spec], Spec]]:
-    """Returns functions that add one missing detail each. As in the training data, glow and outline never meet."""
+    """Returns functions that add one missing detail each. As in the training data, glow and outline do not combine."""
     missing: list[Callable[[Spec], Spec]] = []
     if not icon.glow and not icon.outline:
         missing += [lambda spec: replace(spec, glow=True), lambda spec: replace(spec, outline=True)]

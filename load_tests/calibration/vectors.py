@@ -1,7 +1,7 @@
 """Vectors for the index benchmark: real prompts of `icons` through its encoder, and clustered random ones.
 
-Both are functions of a seed. The real ones take minutes (0.4 ms of one core a
-caption) and are kept in out/index. Neighbour: `load_tests.calibration.index`.
+Both are functions of a seed. The real ones take minutes (0.4 ms of one core for
+each caption) and are kept in out/index for `load_tests.calibration.index`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUT = Path("out/index")
 BATCH = 64
 MAX_QUERIES = 2000
 CLUSTER = 64
-"""Vectors around one centre, on average."""
+"""Mean number of vectors around one centre."""
 
 
 @dataclass(frozen=True)

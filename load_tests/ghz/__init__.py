@@ -1,5 +1,5 @@
-"""Scenarios of ghz (`*.json`, each a configuration of ghz) and `run.py`, which runs them and prints one table.
+"""Scenarios for ghz (`*.json`, each a configuration of ghz) and `run.py`, which runs them and prints one table.
 
 `slow_reader.py` slows the connections of the scenario `slow-readers`, as ghz itself always reads at once.
-docs/load-testing.md says how to use and to read them.
+docs/load-testing.md explains their use and their results.
 """

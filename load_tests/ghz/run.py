@@ -1,8 +1,8 @@
 """Runs ghz's scenarios against a running server, or one that it starts, and prints one table: `make ghz`.
 
-Each scenario is a configuration file of ghz in this folder, which ghz also takes by itself. Two tags are read here:
-`expect`, the statuses that a call may end with, and `read-bytes-per-second`, how fast each connection is read.
-Exits with 1 where a call ended with a status that its scenario does not expect, or where no call ended.
+Each scenario is a configuration file of ghz in this folder, which also works with ghz alone. Two tags are read here:
+`expect` lists the statuses that a call may end with, and `read-bytes-per-second` says how fast each connection is read.
+Exits with 1 if a call ended with a status that its scenario does not expect, or if no call ended.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from load_tests.ghz.slow_reader import slow_reader
 FOLDER = Path(__file__).parent
 GHZ = FOLDER.parents[1] / ".tools/ghz"
 SCENARIOS = ("steady", "ramp", "burst", "recovery", "slow-readers", "cancel-storm", "idempotent-retries")
-"""In the order in which they run: `recovery` is the rate of `steady`, once the calls of `burst` have ended."""
+"""The scenarios in the order in which they run: `recovery` has the rate of `steady`, after the calls of `burst`."""
 DURATIONS = ("duration", "load-step-duration", "load-max-duration")
 RUNTIMES = ("onnx", "simulated")
-"""Those that need nothing but this machine."""
+"""The scenarios that need no other machine."""
 RATES = ("rps", "load-start", "load-step", "load-end")
 PERCENTILES = (50, 95, 99)
 REFUSED, TOO_LATE, CANCELLED = "ResourceExhausted", "DeadlineExceeded", "Canceled"
@@ -45,9 +45,9 @@ class Access:
 
     Attributes:
         target: HOST:PORT.
-        api_key: sent with each call; None: none.
-        ca_file: PEM of who signed the server's certificate; None: no TLS.
-        server_name: in that certificate.
+        api_key: the API key that each call sends; None: no key.
+        ca_file: file of the server's certificate authority, as PEM; None: no TLS.
+        server_name: the name in the server's certificate.
     """
 
     target: str
@@ -70,7 +70,7 @@ def scaled(config: Mapping[str, Any], *, time_scale: float, rate_scale: float) -
 
 
 def unexpected(report: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a report of ghz: statuses that its scenario does not expect, or no calls at all."""
+    """Faults in a report of ghz: statuses that its scenario does not expect, or no calls at all."""
     expected = report["tags"]["expect"].split(",")
     statuses = report["statusCodeDistribution"]
     wrong = [f"{count} calls ended with {status}" for status, count in statuses.items() if status not in expected]
@@ -106,7 +106,7 @@ async def run(scenario: str, access: Access, *, time_scale: float, rate_scale: f
     """Runs one scenario and returns ghz's report.
 
     Raises:
-        SystemExit: ghz failed; the message has what it said.
+        SystemExit: ghz failed; the message has its output.
     """
     config = scaled(json.loads((FOLDER / f"{scenario}.json").read_text()), time_scale=time_scale, rate_scale=rate_scale)
     if access.ca_file is None:
@@ -121,7 +121,7 @@ async def run(scenario: str, access: Access, *, time_scale: float, rate_scale: f
         if (rate := config["tags"].get("read-bytes-per-second")) is not None:
             config["host"] = await stack.enter_async_context(slow_reader(access.target, float(rate)))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="safelight-ghz-")))
-        (folder / "config.json").write_text(json.dumps(config))  # a file of the caller's alone: it may hold the key
+        (folder / "config.json").write_text(json.dumps(config))  # only this user can read it: it may contain the key
         process = await asyncio.create_subprocess_exec(
             GHZ, "--config", folder / "config.json", "--format", "json",
             env=os.environ | {"GHZ_RUN": str(int(time.time()))},  # other request ids in each run
@@ -139,7 +139,7 @@ async def run(scenario: str, access: Access, *, time_scale: float, rate_scale: f
 
 
 async def main(access: Access, scenarios: Sequence[str], time_scale: float, rate_scale: float, out: Path) -> int:
-    """Runs the scenarios in turn, writes each report, prints the table; 1 where something was not expected."""
+    """Runs the scenarios in turn, writes each report, and prints the table; returns 1 if something was not expected."""
     console, reports = Console(width=120), []
     for scenario in scenarios:
         report = await run(scenario, access, time_scale=time_scale, rate_scale=rate_scale)
@@ -153,14 +153,14 @@ async def main(access: Access, scenarios: Sequence[str], time_scale: float, rate
 
 
 def _write(report: dict[str, Any], file: Path) -> None:
-    report["options"].pop("metadata", None)  # the key is not for reports
+    report["options"].pop("metadata", None)  # a report must not contain the key
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1))
 
 
 @contextlib.contextmanager
 def serving(runtime: str) -> Iterator[str]:
-    """A server of a runtime, a process of its own, while the block runs; yields its address."""
+    """Runs a server of a runtime in a process of its own during the block; yields its address."""
     with processes.child(processes.serve, {"runtime": runtime}) as server:
         yield server.first()
 
@@ -172,7 +172,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     where.add_argument("--target", default="127.0.0.1:8421", help="address of the server")
     where.add_argument("--serve", choices=RUNTIMES, help="start a server of this runtime, on this machine, and ask it")
     parser.add_argument("--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), help="or SAFELIGHT_API_KEY")
-    parser.add_argument("--ca-file", type=Path, help="PEM of who signed the server's certificate: asks by TLS")
+    parser.add_argument("--ca-file", type=Path, help="PEM of the server's certificate authority; enables TLS")
     parser.add_argument("--server-name", help="in the certificate, if it is not the target's")
     parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, with commas; default: %(default)s")
     parser.add_argument(

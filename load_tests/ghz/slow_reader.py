@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator
 
 CHUNK_BYTES = 8192
 BUFFER_BYTES = 16384
-"""Small, so that what is not read waits at the server and not in buffers on the way."""
+"""Size of buffers. Small, so that unread data waits at the server and not in buffers on the way."""
 
 
 @contextlib.asynccontextmanager
 async def slow_reader(target: str, bytes_per_second: float) -> AsyncIterator[str]:
-    """Relays to `target` (HOST:PORT) while the block runs, and yields the address for clients.
+    """Relays to `target` (HOST:PORT) during the block, and yields the address for clients.
 
     What clients send passes at once. What the server sends passes at `bytes_per_second` on each connection.
     """
@@ -41,7 +41,7 @@ async def slow_reader(target: str, bytes_per_second: float) -> AsyncIterator[str
 
 
 async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connects with a receive buffer that is small before the first byte, as its window never shrinks."""
+    """Connects with a small receive buffer, set before the first byte since a TCP window never shrinks."""
     loop = asyncio.get_running_loop()
     family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
     there = socket.socket(family, kind, protocol)
@@ -66,7 +66,7 @@ async def _relay(
             group.create_task(_pass_on(reader, there[1], None))
             group.create_task(_pass_on(there[0], writer, bytes_per_second))
     except* OSError:
-        pass  # either side has closed: so does the other
+        pass  # one side has closed, so the other is closed too
     finally:
         there[1].transport.abort()
 

@@ -1,15 +1,16 @@
-"""A user who asks for pictures, watches them develop, thinks, and sometimes cancels: `make locust`.
+"""A user who requests pictures, watches previews, thinks, and sometimes cancels: `make locust`.
 
 Metrics, in ms, each a row of locust's table:
 
 - `first preview`: from the request to the first preview;
-- `preview gap`: between a preview and the one before it;
-- `first recognisable preview`: from the request, see docs/load-testing.md; the picture, where no preview was one;
+- `preview gap`: between a preview and the previous one;
+- `first recognisable preview`: from the request to that preview, see docs/load-testing.md; to the picture, if there
+  was no such preview;
 - `picture (computed)`, `picture (cached)`: from the request to the end, by whether it was developed for this request;
 - `cancel`: from the cancel to the end of the stream;
-- `refused REASON`: from the request to a refusal that says when to come back. It is no failure of the server.
+- `refused REASON`: from the request to a refusal that says when to retry. It does not count as a failure.
 
-Whatever else ends a request is a failure of `picture`.
+Any other end of a request is a failure of `picture`.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from safelight.v1 import generation_pb2_grpc as stubs
 from load_tests.locust.prompts import PROMPTS, Prompts
 from load_tests.locust.recognition import first_recognisable
 
-grpc.experimental.gevent.init_gevent()  # before the first channel: else a call stops all users until it ends
+grpc.experimental.gevent.init_gevent()  # before the first channel; otherwise a call blocks all users
 
 MAX_CANCEL_PREVIEW = 5
-"""A user who cancels does so at one of so many first previews."""
+"""A user who cancels does so at a random preview among the first so many."""
 COMPUTED = {pb.CacheResult.DISPOSITION_MISS, pb.CacheResult.DISPOSITION_LATENT, pb.CacheResult.DISPOSITION_BRANCHED}
 
 
-@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]  # mypy does not see locust
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]  # mypy's environment has no locust
 def add_options(parser: LocustArgumentParser) -> None:
     """Adds the options of these users to those of locust."""
     group = parser.add_argument_group("Safelight's users")
-    # Paths as text: locust sends the options to the workers of --processes, and takes plain values only.
+    # Paths are strings, since locust sends the options to the workers of --processes and accepts only plain values.
     group.add_argument("--prompts", default=str(PROMPTS), help="file of prompts, one a line, the most popular first")
     group.add_argument("--zipf", type=float, default=1.0, help="exponent of their popularity; 0: all alike")
     group.add_argument("--seeds", type=int, default=0, help="seeds a prompt; 0: always a new one, so nothing is cached")
     group.add_argument("--think", type=float, default=5.0, help="mean seconds between a user's requests, exponential")
     group.add_argument("--cancels", type=float, default=0.05, help="share of the requests that are cancelled")
     group.add_argument("--steps", type=int, help="denoising steps; the model's default where absent")
-    group.add_argument("--ca-file", help="PEM of who signed the server's certificate: asks by TLS")
+    group.add_argument("--ca-file", help="PEM of the server's certificate authority; enables TLS")
     group.add_argument("--server-name", default="", help="in the certificate, if it is not the host's")
     parser.add_argument(
         "--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), is_secret=True, help="or SAFELIGHT_API_KEY"
@@ -61,12 +62,12 @@ def add_options(parser: LocustArgumentParser) -> None:
 
 @events.init.add_listener  # type: ignore[untyped-decorator]  # likewise
 def check_options(environment: Environment, **_: object) -> None:
-    """Refuses what no user could do, before the first one starts.
+    """Checks the options before the first user starts.
 
     Raises:
         SystemExit: an option is out of its range, or the file of prompts cannot be used.
     """
-    gevent.get_hub().loop.update_now()  # imports took seconds, and --run-time would count from before them
+    gevent.get_hub().loop.update_now()  # otherwise --run-time would include the seconds of the imports
     options = environment.parsed_options
     if options.think < 0 or not 0 <= options.cancels <= 1:
         raise SystemExit("--think must be at least 0, --cancels from 0 to 1")
@@ -89,7 +90,7 @@ def channel(environment: Environment) -> grpc.Channel:
 
 @dataclass(slots=True)
 class Watched:
-    """What a user has seen of one generation. Times are on `time.perf_counter`."""
+    """What a user has received of one generation. Times are on `time.perf_counter`."""
 
     began: float = field(default_factory=time.perf_counter)
     generation: str = ""
@@ -183,7 +184,7 @@ class SafelightUser(User):  # type: ignore[misc]  # likewise
 
 
 def refusal(error: Any) -> tuple[str, float | None]:
-    """The stable reason of a failed call, or "" where it has none, and after how many seconds a retry may succeed."""
+    """The reason of a failed call ("" if it has none), and after how many seconds a retry may succeed."""
     reason, retry_s = "", None
     details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
     for detail in status_pb2.Status.FromString(details).details:

@@ -1,4 +1,4 @@
-"""What users ask for: prompts of a file, some far more often than others."""
+"""The users' prompts: lines of a file, some drawn far more often than others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Prompts:
     Args:
         file: one prompt a line; blank lines are skipped.
         exponent: 0 draws all alike; people's requests are often near 1.
-        num_seeds: pictures of one prompt: a seed below this comes with each. 0: None does, so the server chooses.
+        num_seeds: number of pictures of one prompt: each request has a seed below this. 0: the server chooses the seed.
 
     Raises:
         ValueError: the file has no prompt, or a number is below 0.
@@ -32,6 +32,6 @@ class Prompts:
         self._num_seeds = num_seeds
 
     def draw(self, rng: random.Random) -> tuple[str, int | None]:
-        """A prompt and a seed for it."""
+        """Draws a prompt and a seed for it."""
         [prompt] = rng.choices(self._prompts, cum_weights=self._cumulative)
         return prompt, rng.randrange(self._num_seeds) if self._num_seeds else None

@@ -1,4 +1,4 @@
-"""From which preview on a picture can be recognised. docs/load-testing.md says why the bound is what it is."""
+"""Finds the preview from which a picture can be recognised. docs/load-testing.md explains the bound."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import PIL.Image
 from PIL import ImageChops, ImageStat
 
 EDGE_PX = 32
-"""Both are scaled to squares of this edge, so that previews of any size compare and fine detail does not count."""
+"""Preview and picture are scaled to squares of this edge, so that size and fine detail do not count."""
 MAX_DISTANCE = 0.05
 
 

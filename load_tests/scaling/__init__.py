@@ -1,6 +1,6 @@
-"""Simulates ways of scaling a fleet on traces of demand: `make bench ONLY=scaling`.
+"""Simulates scaling policies of a fleet on traces of demand: `make bench ONLY=scaling`.
 
 traces.py     demand over weeks: generated, or from a file
 fleet.py      a queue, replicas that take time to start, and what a policy costs and misses
-policies.py   by CPU, by the queue alone, by `safelight scaler`, and by foresight
+policies.py   scaling by CPU, by the queue alone, by `safelight scaler`, and with perfect foresight
 """

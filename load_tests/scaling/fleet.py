@@ -1,4 +1,4 @@
-"""A fleet under a policy: what is asked for waits, replicas take time to start, and both are counted."""
+"""Simulates a fleet under a scaling policy: queued work, and replicas that take time to start."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from numpy.typing import NDArray
 from load_tests.scaling.traces import TICK_S
 
 START_S = 240
-"""From asking for a replica to its first call: a node with a GPU, the image, the weights."""
+"""Seconds from the request of a replica to its first call: for a node with a GPU, the image and the weights."""
 HOLD_S = 300
-"""Kubernetes' default: a fleet shrinks to the most that was asked for in so long."""
+"""Kubernetes' default scale-down stabilization: a fleet shrinks to the largest number requested in this time."""
 WAIT_S = 5.0
-"""What is asked for should start within this; what does not is a miss."""
+"""Work that starts later than this many seconds after its arrival counts as missed."""
 SYNC_TICKS = 3
 """A policy is asked every 30 s, as KEDA does."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a policy sees.
+    """What a policy knows.
 
     Attributes:
-        tick: number of the tick that comes.
-        left: seconds of compute that wait.
-        live, wanted: replicas that work, and those that were asked for last.
+        tick: number of the next tick.
+        left: queued work, in seconds of compute.
+        live, wanted: replicas that are ready, and the number that was requested last.
         busy: share of the live replicas' time that was used, over the last minute.
-        rate: seconds of compute asked for in a second, over the last minute.
+        rate: seconds of compute that were requested in a second, over the last minute.
     """
 
     tick: int
@@ -44,13 +44,13 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a policy.
+    """Results of a policy.
 
     Attributes:
-        replica_hours: paid for, from asking for a replica to its end.
-        needed_hours: of a fleet that has in each tick what arrives in it, at full use.
-        missed: share of the work that waited longer than `WAIT_S`.
-        cold_starts: replicas that were started.
+        replica_hours: hours to pay for, from the request of each replica to its end.
+        needed_hours: hours of an ideal fleet that has in each tick exactly the compute that arrives in it.
+        missed: share of the work that started later than `WAIT_S`.
+        cold_starts: number of replicas that were started.
     """
 
     replica_hours: float
@@ -60,20 +60,20 @@ class Outcome:
 
     @property
     def over(self) -> float:
-        """Paid for beyond what was needed, as a share of that."""
+        """Over-provisioning: hours beyond those needed, as a share of the needed hours."""
         return self.replica_hours / self.needed_hours - 1
 
 
 def simulate(demand: NDArray[np.float64], policy: Callable[[State], int], first: int, initial: int) -> Outcome:
-    """Runs a policy over a trace from a tick on. Replicas have one instance.
+    """Runs a policy over a trace, beginning at tick `first`. Replicas have one instance.
 
     Args:
         policy: maps the state at a tick to the number of replicas to run.
-        initial: replicas at the beginning.
+        initial: number of replicas at the beginning.
     """
-    live, starting = initial, deque[int]()  # ticks at which the replicas that were asked for are ready
+    live, starting = initial, deque[int]()  # ticks at which requested replicas will be ready
     asked = deque[tuple[int, int]]()
-    queue = deque[tuple[int, float]]()  # tick of arrival, seconds of compute that wait
+    queue = deque[tuple[int, float]]()  # tick of arrival, seconds of compute
     left = served_in_tick = 0.0
     used, rates = deque[tuple[float, int]](maxlen=60 // TICK_S), deque[float](maxlen=60 // TICK_S)
     paid = missed = total = 0.0
@@ -124,5 +124,5 @@ def simulate(demand: NDArray[np.float64], policy: Callable[[State], int], first:
 
 
 def replicas_for(rate: float, utilization: float) -> int:
-    """Replicas that do a rate at a utilization."""
+    """The number of replicas that a rate needs at a utilization."""
     return math.ceil(rate / utilization - 1e-9)

@@ -14,13 +14,13 @@ from load_tests.scaling.fleet import START_S, State, replicas_for
 from load_tests.scaling.traces import TICK_S, bins
 
 TOLERANCE = 0.1
-"""Kubernetes' default: a ratio so near to 1 changes nothing."""
+"""Kubernetes' default tolerance: a ratio that differs from 1 by less changes nothing."""
 REFIT_BINS = WEEK // 7
-"""Seasons are found once a day."""
+"""Interval in which the forecast's seasons are fitted again: a day."""
 
 
 def by_cpu(target: float) -> Callable[[State], int]:
-    """Kubernetes' autoscaler on utilization: replicas times utilization by its target, at least one."""
+    """Kubernetes' autoscaler on utilization: replicas times utilization divided by its target, at least one."""
 
     def policy(state: State) -> int:
         ratio = state.busy / target
@@ -32,7 +32,7 @@ def by_cpu(target: float) -> Callable[[State], int]:
 
 
 def by_queue(wait_s: float) -> Callable[[State], int]:
-    """KEDA on the queue alone: as many as work it off in some seconds, and those that are busy now; at least one."""
+    """KEDA on the queue alone: replicas to finish the queue in `wait_s`, plus those that are busy now; at least one."""
 
     def policy(state: State) -> int:
         return max(1, math.ceil(state.left / wait_s + state.live * state.busy - 1e-9))
@@ -41,7 +41,7 @@ def by_queue(wait_s: float) -> Callable[[State], int]:
 
 
 def by_foresight(demand: NDArray[np.float64], utilization: float) -> Callable[[State], int]:
-    """Knows what will be asked for until a replica that is started now is ready, and the minute after."""
+    """Knows the demand until a replica that is started now is ready, and of the minute after."""
     minute = 60 // TICK_S
     smooth = np.convolve(demand, np.ones(minute) / minute, mode="same")
 
@@ -53,7 +53,7 @@ def by_foresight(demand: NDArray[np.float64], utilization: float) -> Callable[[S
 
 
 class Forecasts:
-    """Forecasts along a trace, made once and read by policies; none sees what comes after it."""
+    """Forecasts along a trace, made once and used by policies. Each uses only the trace before it."""
 
     def __init__(self, demand: NDArray[np.float64], first_bin: int) -> None:
         self.bins = bins(demand, STEP_S)
@@ -66,9 +66,9 @@ class Forecasts:
             self.made[end] = forecast(history, end, found)
 
     def accuracy(self) -> dict[str, float]:
-        """1 - MAPE of the forecast, of the same time a week ago, and of the last bin.
+        """1 - MAPE of the forecast, of the value a week before, and of the last bin's value.
 
-        Over the bins in which at least a tenth of the mean is asked for.
+        Only bins whose demand is at least a tenth of the mean count.
         """
         floor = self.bins.mean() / 10
         rows = []
@@ -88,7 +88,7 @@ class Forecasts:
 
 
 def by_scaler(forecasts: Forecasts | None, policy: Policy) -> Callable[[State], int]:
-    """`safelight scaler`, with a forecast or without one."""
+    """The policy of `safelight scaler`, with or without a forecast."""
 
     def wanted(state: State) -> int:
         made = None if forecasts is None else forecasts.made.get(state.tick * TICK_S // STEP_S)

@@ -1,4 +1,4 @@
-"""Demand over weeks, in seconds of compute a second, in ticks of ten seconds."""
+"""Traces of demand over weeks: seconds of compute that are requested in a second, in ticks of ten seconds."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ TICK_S = 10
 DAY_TICKS = 86_400 // TICK_S
 WEEK_TICKS = 7 * DAY_TICKS
 REQUEST_S = 2.0
-"""Compute of one request; what arrives in a tick is drawn by Poisson's law."""
+"""Compute of one request in seconds; the number of requests in a tick has a Poisson distribution."""
 
 
 def generated(seed: int, num_weeks: int, mean: float = 6.0, launch: bool = True) -> NDArray[np.float64]:
-    """A day's and a week's pattern, three times the load at weekends, noise that lasts hours, and a launch.
+    """Generates a daily and a weekly pattern, three times the load at weekends, noise that lasts hours, and a launch.
 
     The launch is on the Wednesday of the last week at 17:00: twelve times the load within ten minutes. Then it halves
     every 40 minutes.
 
     Returns:
-        (ticks,) seconds of compute asked for in each second.
+        (ticks,) seconds of compute that are requested in a second.
     """
     rng = np.random.default_rng(seed)
     ticks = np.arange(num_weeks * WEEK_TICKS)
@@ -42,9 +42,9 @@ def generated(seed: int, num_weeks: int, mean: float = 6.0, launch: bool = True)
 
 
 def read(path: Path, mean: float = 6.0, seed: int = 0) -> NDArray[np.float64]:
-    """A trace from a CSV of `timestamp,value` at even distances, such as nyc_taxi.csv of the Numenta Anomaly Benchmark.
+    """Reads a CSV of `timestamp,value` at even intervals, such as nyc_taxi.csv of the Numenta Anomaly Benchmark.
 
-    It is scaled to a mean, bridged by straight lines between its points, and its arrivals are drawn by Poisson's law.
+    It is scaled to a mean and interpolated linearly, and arrivals are drawn from a Poisson distribution.
     """
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -67,7 +67,7 @@ def _arrivals(rng: np.random.Generator, rate: NDArray[np.float64]) -> NDArray[np
 
 
 def _slow_noise(rng: np.random.Generator, num_ticks: int, hours: float = 3.0) -> NDArray[np.float64]:
-    """Noise of variance 1 that forgets itself in some hours."""
+    """Noise of variance 1 whose autocorrelation decays within hours."""
     per = int(900 / TICK_S)
     keep = np.exp(-0.25 / hours)
     drawn = rng.normal(0, np.sqrt(1 - keep**2), -(-num_ticks // per))

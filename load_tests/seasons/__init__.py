@@ -1,1 +1,1 @@
-"""How many false alarms the seasonal baselines give on synthetic traffic, compared with static thresholds."""
+"""Counts the false alarms of the seasonal baselines on synthetic traffic, compared with static thresholds."""

@@ -1,7 +1,7 @@
-"""`python -m load_tests.seasons`: counts alarms of the seasonal alerts and of static thresholds on made-up traffic.
+"""`python -m load_tests.seasons` counts alarms of the seasonal alerts and of static thresholds on synthetic traffic.
 
-Prometheus itself evaluates the rules of deploy/prometheus: promtool writes the traffic and what the rules record of it
-as blocks, and a Prometheus on them is asked for the alerts' expressions every five minutes of the last two weeks.
+Prometheus itself evaluates the rules of deploy/prometheus: promtool writes the traffic, and what the rules record from
+it, as blocks. A Prometheus on these blocks evaluates the alerts' expressions every five minutes of the last two weeks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ RULES = ROOT / "deploy/prometheus"
 STEP_S = 300
 LONG_BLOCKS = "--max-block-duration=400h"
 FOR_STEPS = 3
-"""`for: 15m` of the alerts."""
+"""Evaluations that `for: 15m` of the alerts takes."""
 SLACK_S = 1800
-"""An alarm that begins this soon after an event is neither right nor false: rates are means."""
+"""An alarm that begins within this time after an event is neither right nor false, since rates are means over time."""
 WEEKDAY_PEAK = max(usual(second) for second in range(0, DAY_S, STEP_S))
 WEEKDAY_LOW = min(usual(second) for second in range(0, DAY_S, STEP_S))
 NOW = "job:safelight_requests:rate15m"
@@ -39,7 +39,7 @@ STATIC = {
 
 
 def detectors() -> dict[str, str]:
-    """Expressions that are true where something is amiss, by name."""
+    """Expressions that are true during an incident, by name."""
     groups = yaml.safe_load((RULES / "alerts.yml").read_text())["groups"]
     alerts = {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
     found = {"seasonal": f"({alerts['SafelightTrafficHigh']}) or ({alerts['SafelightTrafficLow']})"}
@@ -47,7 +47,7 @@ def detectors() -> dict[str, str]:
 
 
 def fill(folder: Path, seeds: Sequence[int], begin: int) -> None:
-    """Writes the traffic of each seed, as a job of its own, and what the rules record of it, as Prometheus' blocks."""
+    """Writes the traffic of each seed (a job each), and what the rules record from it, as blocks of Prometheus."""
     metrics, data = folder / "traffic.txt", str(folder / "data")
     with metrics.open("w") as file:
         file.write("# TYPE safelight_generations counter\n")
@@ -65,7 +65,7 @@ def fill(folder: Path, seeds: Sequence[int], begin: int) -> None:
         rules = yaml.safe_load((RULES / name).read_text())
         kept = [group for group in rules["groups"] if group["name"] in groups]
         for group in kept:
-            for rule in group["rules"]:  # a file for each, as one may ask for what the one before has recorded
+            for rule in group["rules"]:  # a file each, since a rule may use what the previous one records
                 (folder / "rule.yml").write_text(yaml.safe_dump({"groups": [group | {"rules": [rule]}]}))
                 with prometheus(folder, "{}\n") as server:
                     times = (f"--start={begin}", f"--end={begin + WEEKS * 7 * DAY_S}", f"--eval-interval={STEP_S}s")
@@ -82,7 +82,7 @@ def promtool(kind: str, *arguments: str) -> None:
 
 
 def alarms(server: PrometheusServer, expression: str, begin: int) -> dict[str, list[tuple[int, int]]]:
-    """When an alert fires, in seconds after `begin`, by job: from its third true value in a row to the last one."""
+    """Intervals in which an alert fires, in seconds after `begin`, by job: from its third true value in a row."""
     first, last = begin + TRAINED_WEEKS * 7 * DAY_S, begin + WEEKS * 7 * DAY_S
     found: dict[str, list[tuple[int, int]]] = {}
     for series in server.over(f"({expression}) * 0 + 1", first, last, STEP_S):
@@ -99,7 +99,7 @@ def alarms(server: PrometheusServer, expression: str, begin: int) -> dict[str, l
 
 
 def scored(found: Mapping[str, Sequence[tuple[int, int]]], seeds: Sequence[int]) -> dict[str, Any]:
-    """False alarms in a week, their hours in a week, and in how many traces an alarm began at each event."""
+    """False alarms a week, their hours a week, and the number of traces in which an alarm began at each event."""
     events = [event for event in EVENTS if event.begin_s >= TRAINED_WEEKS * 7 * DAY_S]
     num_false, false_s, seen = 0, 0, {event.name: 0 for event in events}
     for seed in seeds:
@@ -116,9 +116,9 @@ def scored(found: Mapping[str, Sequence[tuple[int, int]]], seeds: Sequence[int])
 
 
 def evaluate(seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """The scores of each detector."""
+    """Computes the scores of each detector."""
     midnight = int(time.time()) // DAY_S * DAY_S
-    monday = midnight - (midnight // DAY_S + 3) % 7 * DAY_S  # 1970 began on a Thursday
+    monday = midnight - (midnight // DAY_S + 3) % 7 * DAY_S  # 1 January 1970 was a Thursday
     begin = monday - WEEKS * 7 * DAY_S
     with tempfile.TemporaryDirectory(prefix="safelight-seasons-") as name:
         folder = Path(name)
@@ -128,7 +128,7 @@ def evaluate(seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Prints a table, and writes the figures where asked."""
+    """Prints a table, and writes the figures to a file if the command line names one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=int, default=10, help="traces, from the seeds 1, 2, ...")
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -1,7 +1,7 @@
-"""Traffic of seven weeks: a daily and a weekly pattern, and in the last two weeks incidents to alert on.
+"""Synthetic traffic of seven weeks: a daily and a weekly pattern, and in the last two weeks incidents to detect.
 
-The rate of requests is that of the hour (x 3 at weekends), times random factors of the week, the day, the hour and the
-minute, times that of an event.
+The rate of requests is that of the hour (times 3 at weekends), times random factors of the week, the day, the hour and
+the minute, times the factor of an event.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPREADS = {7 * DAY_S: 0.05, DAY_S: 0.1, HOUR_S: 0.1, MINUTE_S: 0.1}
 
 @dataclass(frozen=True)
 class TrafficEvent:
-    """What the traffic is multiplied by from `begin_s` to `end_s` after the first Monday."""
+    """An incident: the factor of the traffic from `begin_s` to `end_s` after the first Monday."""
 
     name: str
     begin_s: int
@@ -31,7 +31,7 @@ class TrafficEvent:
 
 
 def at(week: int, day: int, hour: float) -> int:
-    """Seconds after the first Monday; weeks and days from 0."""
+    """Converts to seconds after the first Monday; weeks and days count from 0."""
     return int(((week * 7 + day) * 24 + hour) * HOUR_S)
 
 
@@ -47,14 +47,14 @@ EVENTS = (
 
 
 def usual(second: int) -> float:
-    """Requests a second without noise and events: lowest at 4 o'clock, ten times as many at 16."""
+    """Requests a second without noise and events: lowest at 4:00, ten times as many at 16:00."""
     hour, day = second % DAY_S / HOUR_S, second // DAY_S % 7
     daily = 0.55 - 0.45 * math.cos(2 * math.pi * (hour - 4) / 24)
     return BASE_PER_S * daily * (WEEKEND if day >= 5 else 1.0)
 
 
 def counts(seed: int) -> Iterator[tuple[int, int]]:
-    """Seconds after the first Monday and requests until then, each minute."""
+    """For each minute: seconds after the first Monday, and the number of requests until then."""
     chance = random.Random(seed)
     factors = dict.fromkeys(SPREADS, 1.0)
     total = 0

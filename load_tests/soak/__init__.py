@@ -1,1 +1,1 @@
-"""Good and hostile callers together for long, `make soak`: memory stays flat, and good callers are not slowed."""
+"""`make soak`: good and hostile callers together for a long time; memory must not grow, nor good callers be slowed."""

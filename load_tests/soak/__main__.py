@@ -1,10 +1,10 @@
-"""The command behind `make soak`: good callers alone, then beside hostile ones, for minutes; memory and first previews.
+"""The command behind `make soak`: good callers alone, then with hostile ones; measures memory and first previews.
 
-Good callers ask at a steady rate (an open loop), two each INTERACTIVE and STANDARD. They are alone for the first tenth
-of the time. Latency counts from when a request was due. Exits with 1 where a bar is missed:
+Good callers send requests at a steady rate (an open loop), two each INTERACTIVE and STANDARD. They are alone for the
+first tenth of the time. Latency counts from when a request was due. Exits with 1 if a target is missed:
 
-- p99 of good INTERACTIVE callers' first preview beside hostile ones: at most twice that of alone, plus one step;
-- resident memory at the end: at most 10 % above that of the end of the first third of the hostile time;
+- p99 of good INTERACTIVE callers' first preview with hostile callers: at most twice that without, plus one step;
+- resident memory at the end: at most 10 % above that after the first third of the hostile time;
 - no good request fails.
 """
 
@@ -36,21 +36,21 @@ from load_tests.soak.hostile import ATTACKS, Metadata, attack_all
 BASE_MS, ROW_MS, MAX_ROWS = 20.0, 1.0, 64
 RATE_PER_S = 2.0
 REQUESTS = {"per_s": 50, "burst": 50}
-"""What each tenant may ask for: without quotas, the processor of a small machine is what a flood takes first."""
+"""Quotas of each tenant. Without them, a flood would take all CPU of a small machine."""
 SAMPLE_S = 5.0
 STRETCH, GROWTH = 2.0, 1.10
 
 
 @dataclass(slots=True)
 class Seen:
-    """What good callers saw. Seconds until the first preview by phase and class; failures by reason."""
+    """Measurements of good callers: seconds until the first preview by phase and class, and failures by reason."""
 
     first_preview_s: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
 
 
 async def main(minutes: float, out: Path, attacks: list[str]) -> int:
-    """Runs both phases, prints and writes the figures."""
+    """Runs both phases, and prints and writes the figures."""
     console = Console(width=140)
     with tempfile.TemporaryDirectory(prefix="safelight-soak-") as folder:
         keys, good = _key_file(Path(folder) / "keys.json")
@@ -100,7 +100,7 @@ async def _soak(
 
 
 async def _good(channel: grpc.aio.Channel, key: Metadata, priority: str, phase: list[str], seen: Seen) -> None:
-    """A good caller: asks every 1 / RATE_PER_S seconds, whether or not the last answer is there."""
+    """A good caller: sends a request every 1 / RATE_PER_S seconds, whether or not the last answer has come."""
     running: set[asyncio.Task[None]] = set()
     due = time.monotonic()
     for number in itertools.count():
@@ -193,7 +193,7 @@ def _median_around(resident: list[tuple[float, float]], at: float) -> float:
 
 
 def _key_file(path: Path) -> tuple[list[Metadata], Metadata]:
-    """Writes keys of one good tenant and of two hostile ones."""
+    """Writes a key file with one good tenant and two hostile ones; returns their metadata."""
     entries: list[object] = []
     metadata: list[Metadata] = []
     for caller, tenant in (("good", "studio"), ("one", "evil"), ("two", "evil"), ("three", "worse")):

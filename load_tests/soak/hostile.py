@@ -1,7 +1,8 @@
-"""Hostile callers, each a loop that runs until it is cancelled. What they are refused does not stop them.
+"""Hostile callers, each a loop that runs until it is cancelled. Refusals do not stop them.
 
-Each is a way in which one caller has hurt the others before: a request that has all slots, generations that are started
-and left, floods of hits, streams that are not read, calls without a request, watches of health without a key.
+Each is a way in which one caller could once harm the others: a request that takes all slots, generations that are
+started and left, floods of cache hits, streams that are not read, calls without a request, watches of health without
+a key.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Attack = Callable[[str, Metadata, Counter[str]], Coroutine[Any, Any, None]]
 
 
 async def hog(address: str, key: Metadata, seen: Counter[str]) -> None:
-    """One BATCH request after another, of as many outputs and steps as are taken."""
+    """Sends one BATCH request after another, with as many outputs and steps as are allowed."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         for number in itertools.count():
@@ -48,7 +49,7 @@ async def hog(address: str, key: Metadata, seen: Counter[str]) -> None:
 
 
 async def leaver(address: str, key: Metadata, seen: Counter[str]) -> None:
-    """Starts generations that may be resumed for long, and leaves each after its first event."""
+    """Starts generations with a long grace period, and leaves each after its first event."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         for number in itertools.count():
@@ -93,7 +94,7 @@ async def sleeper(address: str, key: Metadata, seen: Counter[str]) -> None:
 
 
 async def silent(address: str, key: Metadata, seen: Counter[str]) -> None:
-    """Opens calls of which only the headers come."""
+    """Opens calls and sends only their headers."""
     while True:
         async with grpc.aio.insecure_channel(address) as channel:
             method: grpc.aio.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(GENERATE)
@@ -119,7 +120,7 @@ async def watcher(address: str, key: Metadata, seen: Counter[str]) -> None:
 
 
 async def nonsense(address: str, key: Metadata, seen: Counter[str]) -> None:
-    """Sends faulty requests, wrong keys and odd traces."""
+    """Sends faulty requests, wrong keys and malformed trace headers."""
     trace = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"), ("tracestate", '{"level": "info"}'))
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
@@ -138,7 +139,7 @@ def _spec(prompt: str, seed: int, steps: int) -> pb.GenerationSpec:
 
 
 async def _first_minute(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]) -> None:
-    """Reads for a minute, then cancels."""
+    """Reads a stream for a minute, then cancels it."""
     try:
         async with asyncio.timeout(60):
             await _drained(call)
@@ -152,9 +153,9 @@ async def _drained(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.Generat
 
 
 async def attack_all(pipe: Connection, address: str, keys: list[Metadata], names: list[str]) -> None:
-    """A process of hostile callers; each question is answered with how their calls have ended so far.
+    """A process of hostile callers. It answers each question with how their calls have ended so far.
 
-    It yields the processor to the server and to those that measure: real attackers would have machines of their own.
+    It has a low CPU priority, since real attackers would have machines of their own.
     """
     os.nice(10)
     seen: Counter[str] = Counter()
@@ -172,7 +173,7 @@ async def attack_all(pipe: Connection, address: str, keys: list[Metadata], names
 
 
 async def _counted(who: str, seen: Counter[str], work: Awaitable[object]) -> None:
-    """Awaits, and counts how it ended; after a refusal it pauses a little."""
+    """Awaits a call and counts how it ended; pauses a little after a refusal."""
     try:
         await work
         seen[f"{who}: OK"] += 1

@@ -18,17 +18,17 @@ from tools.clients import rust
 CRATE = ROOT / "clients/bevy"
 LAVAPIPE = Path("/usr/share/vulkan/icd.d/lvp_icd.x86_64.json")
 ENVIRONMENT = rust.ENVIRONMENT | {"CARGO_TARGET_DIR": str(ROOT / "out/bevy"), "RUSTDOCFLAGS": "-D warnings"}
-"""A folder of its own: Bevy's features change those of crates that the Rust client has too."""
+"""Cargo's target folder for this crate: Bevy enables other features of crates that the Rust client also uses."""
 
 
 def require_vulkan() -> None:
-    """Skips the test where Vulkan in software is missing."""
+    """Skips the test if software Vulkan is missing."""
     if not LAVAPIPE.exists():
         pytest.skip("no software Vulkan on this machine (tools/install-system-packages bevy)")
 
 
 async def run(*command: str | Path, **environment: str) -> str:
-    """Runs a command in the crate; what it printed."""
+    """Runs a command in the crate and returns its output."""
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=CRATE,
@@ -87,6 +87,6 @@ def pixels(file: Path, width: int) -> np.ndarray:
 
 
 async def png(client: safelight.Client, seed: int) -> safelight.Picture:
-    """What another client gets for the request of a sprite."""
+    """The picture that the Python client gets for a sprite's request."""
     spec = pb.GenerationSpec(prompt="a red potion", num_inference_steps=40, outputs=[pb.OutputSpec(seed=seed)])
     return await safelight.GenerationStream(client.develop(pb.GenerateRequest(spec=spec))).picture()

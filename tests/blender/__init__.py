@@ -1,1 +1,1 @@
-"""The Blender add-on in a real Blender, without a screen and on a virtual one."""
+"""Tests of the Blender add-on in a real Blender, without a screen and on a virtual one."""

@@ -1,4 +1,4 @@
-"""A Blender that has the add-on, installed from its zip as a user does."""
+"""Fixtures: a Blender with the add-on, installed from its zip as users do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools import blender_addon
 
 INSIDE = ROOT / "tests/blender/inside.py"
 BOUND_S = 150.0
-"""A Blender that takes longer hangs."""
+"""Seconds after which a Blender counts as hanging."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class Blender:
     home: Path
 
     def answer(self, name: str) -> Path:
-        """The file that a function of inside.py leaves what it returns in."""
+        """The file into which a function of inside.py writes its result."""
         return self.home / f"{name}.json"
 
     def command(self, name: str, *arguments: str | Path, background: bool = True) -> list[str | Path]:
-        """The command that calls a function of inside.py."""
+        """The command line that calls a function of inside.py."""
         options = ["--background"] if background else []
         script = ["--python-exit-code", "1", "--python", INSIDE, "--", name, self.answer(name)]
         return ["blender", *options, *script, *arguments]
@@ -49,7 +49,7 @@ class Blender:
         return os.environ | {name: str(folder) for name, folder in folders.items()}
 
     async def run(self, name: str, *arguments: str | Path) -> Any:
-        """Calls a function of inside.py without a screen; what it returns."""
+        """Calls a function of inside.py without a screen and returns its result."""
         async with self.running(*self.command(name, *arguments)) as process:
             said, _ = await asyncio.wait_for(process.communicate(), BOUND_S)
         assert process.returncode == 0, said.decode()[-8000:]
@@ -57,7 +57,7 @@ class Blender:
 
     @asynccontextmanager
     async def running(self, *command: str | Path, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """A Blender, which is gone afterwards."""
+        """Starts a Blender, which is ended after the block."""
         process = await asyncio.create_subprocess_exec(
             *command,
             env=self.environment | environment,

@@ -1,6 +1,6 @@
-"""What the tests have Blender do; run by its own Python.
+"""Functions that the tests run inside Blender, with its own Python.
 
-Arguments: the name of a function here, the file for what it returns, and its arguments.
+Command-line arguments: the name of a function, the file for its result, and the function's arguments.
 """
 
 import json
@@ -17,7 +17,7 @@ PROMPT = "a red potion"
 
 
 def install(zip_file):
-    """As Preferences > Add-ons > Install does."""
+    """Installs and enables the add-on, as Preferences > Add-ons > Install does."""
     bpy.ops.preferences.addon_install(filepath=zip_file, overwrite=True)
     bpy.ops.preferences.addon_enable(module=ADDON)
     bpy.context.preferences.view.show_splash = False
@@ -36,26 +36,26 @@ def newest():
 
 
 def pixels(image):
-    """(height, width, 4) float32, the lowest row first."""
+    """The pixels of an image: (height, width, 4) float32, the lowest row first."""
     values = np.empty(len(image.pixels), np.float32)
     image.pixels.foreach_get(values)
     return values.reshape(image.size[1], image.size[0], 4)
 
 
 def described(image, file):
-    """What an image is; its pixels go into a file."""
+    """Describes an image and writes its pixels to a file."""
     np.save(file, pixels(image))
     return {
         "name": image.name,
         "packed": image.packed_file is not None,
         "colorspace": image.colorspace_settings.name,
         "fake_user": image.use_fake_user,
-        "properties": {key: image[key] for key in image.keys() if key.startswith("safelight_")},  # noqa: SIM118  # it is no dict
+        "properties": {key: image[key] for key in image.keys() if key.startswith("safelight_")},  # noqa: SIM118  # no dict
     }
 
 
 def tick_until(condition):
-    """Ticks as Blender's timer would: without a screen it has none."""
+    """Calls `tick` as Blender's timer would, which does not run without a screen."""
     from safelight_blender import developments
 
     while not condition():
@@ -71,7 +71,7 @@ def running():
 
 
 def develop(address, folder):
-    """Starts a development, looks at the image after each tick, and saves the file."""
+    """Starts a generation, checks the image after each tick, and saves the file."""
     use(address)
     assert bpy.ops.safelight.develop(prompt=PROMPT, negative_prompt="blue", seed=7, steps=40) == {"FINISHED"}
     image, seen, sizes = newest(), {}, set()
@@ -88,13 +88,13 @@ def develop(address, folder):
 
 
 def reopen(folder):
-    """The image of a file that was saved."""
+    """Opens a saved file and describes its image."""
     bpy.ops.wm.open_mainfile(filepath=f"{folder}/saved.blend")
     return described(newest(), f"{folder}/reopened.npy")
 
 
 def wait(address, folder):
-    """As a script does; then from the picture that came, and with what the scene says."""
+    """Waits for a picture as a script does; then starts from that picture, with the scene's settings."""
     use(address)
     assert bpy.ops.safelight.develop(prompt=PROMPT, seed=3, wait=True) == {"FINISHED"}
     first = described(newest(), f"{folder}/first.npy")
@@ -108,7 +108,7 @@ def wait(address, folder):
 
 
 def refused(address, key="", ca_file=""):
-    """The error of a script, that of the question for models, and what is left."""
+    """Returns the error of a script, the error of listing models, and the remaining images."""
     use(address, key, ca_file)
     texts = []
     for arguments in ({"prompt": PROMPT}, {"prompt": PROMPT, "steps": 100_000}, {"prompt": ""}):
@@ -132,7 +132,7 @@ def refused(address, key="", ca_file=""):
 
 
 def cancel(address, folder):
-    """Cancels by the operator, by opening another file, and by disabling the add-on."""
+    """Cancels generations by the operator, by opening another file, and by disabling the add-on."""
     from safelight_blender import developments
 
     use(address)
@@ -172,7 +172,7 @@ def cancel(address, folder):
 
 
 def window(address, folder, num_steps):
-    """In the window: develops in two editors at once, and counts the ticks of a timer of its own meanwhile."""
+    """In a window: runs generations in two editors at once, and counts the ticks of its own timer meanwhile."""
     from safelight_blender import developments
 
     use(address)
@@ -185,7 +185,7 @@ def window(address, folder, num_steps):
     tree.nodes.active = texture = tree.nodes.new("ShaderNodeTexImage")
     settings = bpy.context.scene.safelight
     settings.prompt, settings.seed, settings.steps = PROMPT, 7, int(num_steps)
-    for panel in bpy.types.Panel.__subclasses__():  # the tab of the add-on is then the one that is shown
+    for panel in bpy.types.Panel.__subclasses__():  # so that the add-on's tab is shown
         of_sidebar = getattr(panel, "bl_space_type", "") == "IMAGE_EDITOR" and panel.bl_region_type == "UI"
         if of_sidebar and panel.bl_category != "Safelight" and hasattr(bpy.types, panel.__name__):
             bpy.utils.unregister_class(panel)
@@ -211,13 +211,13 @@ def window(address, folder, num_steps):
             seen[shown] = ticks
         if running():
             return 0.01
-        if len(seen) < 2:  # the machine is so busy that it was over before two were drawn
+        if len(seen) < 2:  # on a busy machine it may end before two images were drawn
             settings.seed += 1
             seen.clear()
             developing.clear()
             press()
             return 0.01
-        bpy.app.timers.register(finish, first_interval=1)  # the last image is drawn meanwhile
+        bpy.app.timers.register(finish, first_interval=1)  # so that the last image is drawn before
         return None
 
     def finish():
@@ -231,7 +231,7 @@ def window(address, folder, num_steps):
 
 
 def leave(address):
-    """Blender's end while something develops."""
+    """Ends Blender while a generation runs."""
     use(address)
     bpy.ops.safelight.develop(prompt=PROMPT, steps=900)
     [development] = running()

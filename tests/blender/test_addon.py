@@ -1,4 +1,4 @@
-"""The add-on without a screen: what comes into the image, what is saved, and how developments end."""
+"""Tests of the add-on without a screen: the content of images, saved files, and how generations end."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.timeout(400)
 
 
 def shown(file: Path) -> NDArray[np.uint8]:
-    """The pixels of an image of Blender, its top row first."""
+    """The pixels that Blender wrote, with the top row first."""
     return np.rint(np.load(file)[::-1] * 255).astype(np.uint8)
 
 
 async def picture(address: str, prompt: str = PROMPT, **options: Any) -> NDArray[np.uint8]:
-    """The same of the Python client."""
+    """The pixels that the Python client gets."""
     async with safelight.Client(address) as client:
         return (await client.generate(prompt, **options).picture()).array()
 
@@ -98,7 +98,7 @@ async def test_without_a_server_it_is_an_error_in_bounded_time(blender: Blender)
 
 
 async def test_all_that_ends_a_development_reaches_the_server(blender: Blender, start: Start, tmp_path: Path) -> None:
-    """The operator, an image or a file that is gone, and the end of the add-on; which leaves no thread."""
+    """The operator, deleting an image, opening a file, and disabling the add-on, which leaves no thread."""
     async with start(**SIMULATED | {"simulated_base_ms": 100}) as running:
         cancelled = await blender.run("cancel", running.address, tmp_path)
         async with safelight.Client(running.address) as client:

@@ -19,7 +19,7 @@ from tests.engines.sheet import screen
 SIZE = (1280, 800)
 SCREENSHOTS = ROOT / "out/blender"
 STEPS = 50
-"""The most that the model takes."""
+"""The most steps that the model allows."""
 
 
 @pytest.mark.timeout(400)

@@ -1,4 +1,4 @@
-"""A real Chromium, Debian's, and pages that may talk to nobody but their server."""
+"""Fixtures: Debian's Chromium, and pages that may connect only to their server."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PAGE_TIMEOUT_MS = 30_000
 async def browser() -> AsyncIterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is needed: tools/install-system-packages"
-    # Chromium's temporary folder has a socket, whose path may have 107 bytes: the folder of the tests may be too deep.
+    # Chromium makes a socket in its temporary folder. Socket paths have at most 107 bytes, so it must not be deep.
     with tempfile.TemporaryDirectory(prefix="safelight-", dir="/tmp") as folder:
         async with async_playwright() as playwright:
             opened = await playwright.chromium.launch(
                 executable_path=chromium,
-                args=["--no-sandbox"],  # root's Chromium has none; the pages are ours
+                args=["--no-sandbox"],  # Chromium has no sandbox as root; the pages are trusted
                 env=os.environ | {"TMPDIR": folder},
             )
             yield opened
@@ -37,18 +37,18 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")
 async def server() -> AsyncIterator[Running]:
-    """A server with the real model."""
+    """A running server with the real model."""
     async with serving_here(http_port=free_port()) as running:
         yield running
 
 
 class Visit:
-    """A page that is open.
+    """An open page.
 
     Attributes:
-        page: Playwright's.
-        requests: method and address of all that it has asked for.
-        complaints: what the browser has complained of: exceptions, failed requests, violations of the page's policy.
+        page: Playwright's page.
+        requests: method and address of all its requests.
+        complaints: errors that the browser reported: exceptions, failed requests, violations of the page's policy.
     """
 
     def __init__(self, page: Page, origin: str) -> None:
@@ -61,7 +61,7 @@ class Visit:
         page.on("console", lambda line: self.complaints.append(line.text) if line.type != "log" else None)
 
     def card(self, at: int) -> Any:
-        """The picture at a place of the sheet."""
+        """The card of a picture, by its position in the sheet."""
         return self.page.locator("#sheet > li").nth(at)
 
     async def develop(self, prompt: str, count: int = 1, **fields: str) -> None:
@@ -75,7 +75,7 @@ class Visit:
 
 @asynccontextmanager
 async def visit(browser: Browser, address: str, **options: Any) -> AsyncIterator[Visit]:
-    """Opens the page of the server at an address (HOST:PORT) in a profile of its own. It must ask no other host and cause no complaint."""
+    """Opens the page of the server at HOST:PORT in a new profile. It must call no other host and report no error."""
     context = await browser.new_context(**options)
     context.set_default_timeout(PAGE_TIMEOUT_MS)
     try:

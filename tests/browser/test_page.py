@@ -1,4 +1,4 @@
-"""The contact sheet in a real browser, with the real model."""
+"""Tests of the contact sheet (the server's page) in a real browser, with the real model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_what_waits_in_the_page_can_be_cancelled_and_one_connection_is_lef
         await expect(waits).to_have_count(2)
         await seen.card(7).get_by_role("button", name="Cancel").click()
         await expect(seen.card(7).locator(".state")).to_contain_text("Cancelled")
-        await expect(waits).to_have_count(1)  # it took the place of the one that was cancelled
+        await expect(waits).to_have_count(1)  # it replaced the cancelled one
         await expect(seen.page.locator("#sheet > li .state", has_text="Finished")).to_have_count(6)
 
 
@@ -86,7 +86,7 @@ async def test_steps_are_scrubbed_and_one_is_branched_from(browser, server):
         assert await first.locator("img").get_attribute("src") != last
         for _ in range(4):
             await seen.page.keyboard.press("ArrowRight")
-        shown = await steps.get_attribute("aria-valuetext")  # previews may have been dropped
+        shown = await steps.get_attribute("aria-valuetext")  # previews may be dropped
         await first.get_by_role("button", name=f"Branch from {shown.lower().partition(' of')[0]}").click()
         await first.get_by_label("Go on from there with").fill("a glowing blue potion on a dark background")
         await first.get_by_role("button", name="Develop the branch").click()
@@ -173,7 +173,7 @@ async def test_axe_finds_nothing(browser, server, scheme):
         await seen.card(0).get_by_role("button", name="Branch from step").click()
         await seen.page.get_by_text("API key").click()
         await seen.page.locator("#steps").evaluate("steps => { steps.max = 9999; }")
-        await seen.develop(POTION, 1, steps="9000")  # a refusal is on the sheet too
+        await seen.develop(POTION, 1, steps="9000")  # a refused request is shown on the sheet too
         await expect(seen.card(0).locator(".error")).to_be_visible()
         await seen.page.evaluate(AXE.read_text())
         found = json.loads(await seen.page.evaluate("axe.run().then(JSON.stringify)"))
@@ -245,7 +245,7 @@ async def test_a_server_that_is_gone_is_said_in_words(browser):
         await seen.page.unroute("**/Generate")
         await seen.card(0).get_by_role("button", name="Try again").click()
         await finished(seen.card(0))
-        seen.complaints.clear()  # of the request that failed
+        seen.complaints.clear()  # the errors of the request that failed
 
 
 async def test_a_lost_connection_is_resumed_where_it_stopped(browser):
@@ -263,13 +263,13 @@ async def test_a_lost_connection_is_resumed_where_it_stopped(browser):
                     await expect(seen.card(at).locator("dt", has_text="Seed")).to_have_count(1)
                 calls = [url.rpartition("/")[2] for method, url in seen.requests if method == "POST"]
                 assert (calls.count("Generate"), calls.count("WatchGeneration")) == (2, 2)
-                seen.complaints.clear()  # of the connections that were reset
+                seen.complaints.clear()  # the errors of the reset connections
         finally:
             relay.cut()
 
 
 async def test_the_codec_reads_and_writes_what_protobuf_does(browser, server):
-    """Every kind of field, at its bounds, both ways."""
+    """Encodes and decodes every kind of field, at its bounds."""
     request = pb.GenerateRequest(
         request_id="é\u20ac\U0001f511",
         spec=pb.GenerationSpec(

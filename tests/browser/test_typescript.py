@@ -1,4 +1,4 @@
-"""The TypeScript client in a real browser, on a page of another origin, bundled as an application bundles it."""
+"""Tests of the TypeScript client in a real browser, bundled as in an application, on a page of another origin."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEVELOP = """async ([target, options]) => {
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A web server with a page and the client as one ES module. A page that a test makes up may not call loopback."""
+    """A web server with a page and the client as one ES module. A page without an origin may not call loopback."""
     client, folder = ROOT / "clients" / "typescript", tmp_path_factory.mktemp("page")
     subprocess.run([BIN / "tsc", "--project", client], check=True)
     entry, bundle = client / "dist" / "web.js", folder / "client.js"
@@ -59,7 +59,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 async def develop(browser: Browser, origin: str, running: Running, **options: object) -> list[Any]:
-    """What a page of an origin sees of a generation at a server."""
+    """The events of a generation that a page of an origin receives."""
     page = await browser.new_page()
     await page.goto(f"{origin}/")
     try:

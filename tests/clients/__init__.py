@@ -1,1 +1,1 @@
-"""The clients of all languages against a real server: clients/CONFORMANCE.md says what is compared."""
+"""Tests of all languages' clients against a real server; clients/CONFORMANCE.md describes them."""

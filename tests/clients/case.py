@@ -1,4 +1,4 @@
-"""A case of clients/conformance/cases.json: its servers, its network, and what a runner is told."""
+"""Sets up a case of clients/conformance/cases.json: its servers, its network, and the input of the runner."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SIMULATED = {"runtime": "simulated", "simulated_base_ms": 20, "simulated_row_ms"
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """What the client is given; all empty: plain text.
+    """The client's TLS settings; all empty: plain text.
 
     Attributes:
-        ca_file: the authority that the client trusts.
+        ca_file: the certificate authority that the client trusts.
         server_name: the name that it expects in the server's certificate.
-        cert_file, key_file: its own certificate.
+        cert_file, key_file: the client's own certificate and key.
     """
 
     ca_file: str = ""
@@ -54,13 +54,13 @@ class Tls:
 
 @dataclass(slots=True)
 class Setting:
-    """What a case takes place in.
+    """The environment in which a case runs.
 
     Attributes:
-        targets: where the client asks, in its order.
-        relay: in front of the first server.
-        metrics_port: of the first server, where the case looks at its metrics.
-        refused: reasons of the requests that the first server has refused, when the case had ended.
+        targets: the client's targets, in order.
+        relay: the relay in front of the first server.
+        metrics_port: metrics port of the first server, if the case checks metrics.
+        refused: reasons with which the first server has refused requests, at the end of the case.
         init_image_file, mask_file: pictures that the client uploads; empty: none.
     """
 
@@ -76,9 +76,8 @@ class Setting:
 def is_of_http(case: dict[str, Any]) -> bool:
     """Whether the case is one for pages too, over gRPC-Web at the server's HTTP port.
 
-    A page is given no authority, has no say in its connections, does not see by itself that a server is frozen, cannot
-    upload, and has no window and no limit of its own: what it has not read waits in the buffers of the network. The frames
-    of a cancelled call are of HTTP/2.
+    A page cannot choose certificate authorities or control its connections, does not notice a frozen server, cannot
+    upload, and has no flow-control window or message limit of its own. The frames of a cancelled call belong to HTTP/2.
     """
     of_grpc = {"pause_s", "max_message_bytes"} & set(case.get("client", {}))
     elsewhere = case.get("own_process") or case.get("drains") or case.get("init_image") or "tls" in case
@@ -89,11 +88,11 @@ def is_of_http(case: dict[str, Any]) -> bool:
 async def run(
     case: dict[str, Any], runner: Runner, folder: Path, *, http: bool = False, shared: Running | None = None
 ) -> tuple[dict[str, Any], Setting]:
-    """Runs a case with a runner; what the runner printed, and the setting as it was then.
+    """Runs a case with a runner; returns the runner's output and the setting at the end.
 
     Args:
-        http: at the HTTP port.
-        shared: the server that all languages ask, where the case has one.
+        http: whether the client uses the HTTP port.
+        shared: the server that all languages use, if the case has one.
     """
     async with set_up(case, folder, http=http, shared=shared) as setting:
         report = await runner.run(told(case, setting))
@@ -103,7 +102,7 @@ async def run(
 
 
 def told(case: dict[str, Any], setting: Setting) -> dict[str, Any]:
-    """What the runner is told: the case without what it must not know."""
+    """The runner's input: the case without its expectations and set-up."""
     images = {"init_image_file": setting.init_image_file, "mask_file": setting.mask_file}
     key = KEYS[case["key"]] if "key" in case else ""
     client = images | case.get("client", {})
@@ -128,7 +127,7 @@ def requests(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def shared_server(case: dict[str, Any]) -> AsyncIterator[Running | None]:
-    """The server that all languages ask, of a case that has one: it takes long to start, and nothing happens to it."""
+    """The server that all languages share, in cases in which the server starts slowly and is not disturbed."""
     if not case.get("one_server_for_all"):
         yield None
         return
@@ -185,7 +184,7 @@ async def set_up(
 
 
 def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Tls:
-    """Gives the server its certificate; what the client is given."""
+    """Gives the server its certificate; returns the client's settings."""
     if "tls" not in case:
         return Tls()
     own, other = (tuple(map(str, self_signed(folder, name))) for name in (NAME, "other.example"))
@@ -211,7 +210,7 @@ def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Tls:
 
 
 def _forecast(weather: dict[str, Any], relay: Relay, running: list[Replica]) -> None:
-    """What will happen between the client and the first server."""
+    """Arranges the disturbances of the network between the client and the first server."""
     relay.delay_s = weather.get("delay_s", 0.0)
     if "do" not in weather:
         return

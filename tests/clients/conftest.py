@@ -1,4 +1,4 @@
-"""The runners of all languages, each built and started once."""
+"""Fixtures: the runners of all languages, each built and started once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.clients import runners as built
 
 @pytest.fixture(scope="session")
 def runners() -> Iterator[Callable[[str], Runner]]:
-    """The runner of a language. Skips the test where the machine lacks the toolchain."""
+    """Returns the runner of a language. Skips the test if the toolchain is not installed."""
 
     @functools.cache
     def of(language: str) -> Runner:

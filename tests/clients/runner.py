@@ -1,4 +1,4 @@
-"""A running runner: the process of a language that has one case after another."""
+"""The process of a language's runner, which runs one case after another."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 BOUND_S = 100.0
-"""A runner that takes longer hangs: every case ends by itself in a third of this."""
+"""Seconds after which a runner counts as hanging: every case ends by itself in a third of this."""
 ENDS_S = 30.0
-"""So soon a runner ends after its last case."""
+"""Seconds within which a runner must end after its last case."""
 DEAD_PROXY = "http://127.0.0.1:9"
-"""Nothing listens there: a client that asks a server on this machine through it fails every case."""
+"""A proxy on which nothing listens: a client that uses it for servers on this machine fails every case."""
 PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "grpc_proxy"), DEAD_PROXY)
 
 
 class Runner:
-    """The process is started with the first case, and anew after one that it did not end.
+    """Starts the process for the first case, and again after a case that it did not end.
 
-    Most runners take longer to start than for a case. Each has a thread that waits for it: those that asyncio has for
-    all are needed by the servers of this process.
+    Most runners take longer to start than for a case. Each has its own thread that waits for its output, since the
+    servers in this process need the threads of asyncio's default executor.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process runs
         self._thread = ThreadPoolExecutor(1)
 
     async def run(self, told: dict[str, Any]) -> dict[str, Any]:
-        """What the runner prints of a case; waits for it, `BOUND_S` at most.
+        """Runs a case and returns what the runner prints, within `BOUND_S`.
 
         Raises:
             AssertionError: the runner hangs, or has ended.
@@ -69,10 +69,10 @@ class Runner:
         return report
 
     def close(self) -> None:
-        """Tells the runner that there are no more cases; it must end by itself.
+        """Closes the runner's input; it must then end by itself.
 
         Raises:
-            AssertionError: it has failed, or has not ended in time.
+            AssertionError: the runner has failed, or has not ended in time.
         """
         with self._complaints, self._thread:
             if self._process is None:

@@ -1,4 +1,4 @@
-"""The C client, `libsafelight`: what it exports, and its test program, plain and under sanitizers."""
+"""Tests of the C client, `libsafelight`: its exports, and its test program with and without sanitizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools.clients.commands import run
 SANITIZERS = {
     "plain": ("", {}),
     "address": ("address,undefined", {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}),
-    # Debian's gRPC is not built for it: what happens inside is not seen, and only our own frames count.
+    # Debian's gRPC is not built for ThreadSanitizer, so only reports with frames of this client count.
     "thread": ("thread", {"TSAN_OPTIONS": f"suppressions={cpp.SOURCE / 'tests/tsan.supp'} halt_on_error=0"}),
 }
 

@@ -1,4 +1,4 @@
-"""Every case of clients/conformance/cases.json, with the runner of every language, against a real server."""
+"""Runs every case of clients/conformance/cases.json with the runner of every language, against a real server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tools.clients.runners import LANGUAGES, WEB, is_here
 
 RAW = "application/x-raw-rgba8"
 MANY_COPIES, FEW_AT_ONCE = 8, 3
-"""A case with more generations keeps the machine busy: so many languages take their turn together."""
+"""A case with more generations keeps the machine busy, so only this many languages run it at once."""
 
 
 @pytest.mark.timeout(600)
@@ -35,7 +35,7 @@ def test_its_runner_is_built(language: str, runners) -> None:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
-    """All languages at once, most with servers of their own: the longer cases wait most of their time."""
+    """Runs all languages at once, most with servers of their own, since long cases mostly wait."""
     languages = [language for language in LANGUAGES if is_here(language) and (language != WEB or is_of_http(case))]
     for language in languages:
         (tmp_path / language).mkdir()
@@ -72,7 +72,7 @@ async def run_and_check(
 async def check(
     outcome: dict[str, Any], seen: dict[str, Any], request: dict[str, Any], case: dict[str, Any], setting: Setting
 ) -> None:
-    """Compares what one generation gave with what was expected."""
+    """Compares the outcome of one generation with the expected outcome."""
     assert seen["reason"] == outcome.get("reason", ""), seen
     assert sorted(seen["violations"]) == outcome.get("violations", [])
     assert all(seen["violations"].values()), "each says what to change"
@@ -101,14 +101,14 @@ async def check(
 
 
 def assert_in_order(steps: list[tuple[int, int]]) -> None:
-    """No output goes back; a stream that was resumed begins with what is newest, which may have been seen."""
+    """Steps of an output never decrease; they may repeat, since a resumed stream begins with the newest step."""
     for index in {output for output, _ in steps}:
         of_output = [step for output, step in steps if output == index]
         assert of_output == sorted(of_output)
 
 
 def check_previews(expected: dict[str, Any], previews: list[dict[str, Any]]) -> None:
-    """Compares their number, encoding and first step."""
+    """Compares the previews' number, encoding and first step."""
     assert expected.get("min", 0) <= len(previews) <= expected.get("max", len(previews))
     if "first_step_at_most" in expected:
         assert previews[0]["step"] <= expected["first_step_at_most"]
@@ -120,7 +120,7 @@ def check_previews(expected: dict[str, Any], previews: list[dict[str, Any]]) -> 
 
 
 async def reference(case: dict[str, Any], request: dict[str, Any]) -> list[str]:
-    """SHA-256 of the bytes that the pictures of a request must have; raw rows are laid out anew from the PNG's pixels."""
+    """SHA-256 of the bytes that a request's pictures must have; raw rows are made from the PNG's pixels."""
     message = json_format.ParseDict(request, pb.GenerateRequest())
     runtime = case.get("settings", {}).get("runtime", "simulated")
     client = case.get("client", {})
@@ -150,7 +150,7 @@ KNOWN: dict[tuple[str, bytes], list[safelight.Picture]] = {}
 
 
 async def pngs(runtime: str, spec: bytes, pictures: Sequence[safelight.ImageFile] = ()) -> list[safelight.Picture]:
-    """The pictures of a spec, from a server that no case uses."""
+    """The pictures of a spec, computed by a server that no case uses."""
     if (runtime, spec) not in KNOWN:
         settings = SIMULATED | {"simulated_base_ms": 0} if runtime == "simulated" else {"runtime": runtime}
         request = pb.GenerateRequest(spec=pb.GenerationSpec.FromString(spec), encoding={"media_type": "image/png"})

@@ -1,4 +1,4 @@
-"""What only the C# client has: declarations of the C header, and its test program."""
+"""Tests of the C# client alone: its declarations of the C functions, and its test program."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TYPES = {
     for name in ("options", "client", "request", "generation", "event")
 }
 RAW_COPIES = {"safelight_image_copy_rgba8", "safelight_image_scale_rgba8"}
-"""Not declared: an image's bytes are copied into an array when it is read."""
+"""C functions that C# does not declare, since it copies an image's bytes into an array."""
 
 
 def declared_in_c() -> set[str]:
@@ -63,7 +63,7 @@ def arguments(function: str, text: str) -> str:
     for argument in re.split(r",\s*", text):
         kind, name = re.fullmatch(r"(.*?)(\w+)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
         kind = kind.strip()
-        free = function.endswith("_free")  # by SafeHandle.ReleaseHandle, which has the pointer
+        free = function.endswith("_free")  # called by SafeHandle.ReleaseHandle with the pointer
         made.append(f"{'IntPtr' if free else {'const char *': 'byte[]'}.get(kind) or TYPES[kind]} {name}")
     return ", ".join(made)
 

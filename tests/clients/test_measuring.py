@@ -1,4 +1,4 @@
-"""What the benchmark of the clients counts on: every runner says when its caller had each preview."""
+"""Tests that every runner prints when its caller got each preview, which the clients' benchmark needs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ async def test_every_runner_says_when_its_caller_had_each_preview(start, runners
         assert seen["code"] == "OK", (language, seen)
         assert 1 <= len(times_us) <= 39, (language, "the picture follows the last step")
         assert times_us == sorted(times_us), language
-        # A millisecond: Node adds its monotonic clock to the time of its start.
+        # A tolerance of a millisecond: Node's clock is the time of its start plus a monotonic clock.
         assert began_us - 1000 <= times_us[0] and times_us[-1] <= ended_us + 1000, language
         assert not seen.get("previews"), (language, "they would cost more than what is measured")

@@ -1,4 +1,4 @@
-"""The programs of the clients' READMEs, run as they stand there."""
+"""Runs the programs of the clients' READMEs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ADDRESS = "127.0.0.1:8421"
 
 
 def programs(language: str, fence: str) -> list[str]:
-    """The programs of a client's README that are whole; others show a few lines."""
+    """The complete programs in a client's README; other examples are fragments."""
     found = re.findall(rf"```{fence}\n(.*?)```", (ROOT / f"clients/{language}/README.md").read_text(), re.DOTALL)
     return [program for program in found if ADDRESS in program]
 
 
 async def run(folder: Path, *command: str, **environment: str) -> str:
-    """Runs a command in `folder`; what it printed."""
+    """Runs a command in `folder` and returns its output."""
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=folder,
@@ -64,7 +64,7 @@ async def test_go(start, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ and the C client, installed where nothing else is."""
+    """The C++ and the C client, installed into an empty folder."""
     require("cpp")
     prefix = tmp_path_factory.mktemp("cpp") / "installed"
     commands.run("cmake", "--install", cpp.build(), "--prefix", prefix)
@@ -110,7 +110,7 @@ async def test_c(start, installed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 async def test_csharp(start, tmp_path: Path) -> None:
-    """The commands too."""
+    """Runs the README's commands and programs."""
     require("csharp")
     (tmp_path / "build").symlink_to(await asyncio.to_thread(cpp.build))
     (tmp_path / "clients").symlink_to(ROOT / "clients")

@@ -1,4 +1,4 @@
-"""What only the Rust client has: its own checks, and windows that other libraries set themselves."""
+"""Tests of the Rust client alone: its lints and unit tests, and its flow-control windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Skips tests where the machine lacks the toolchain of a language."""
+"""Skips tests if the toolchain of a language is not installed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ SAME = {"c": "cpp", "typescript-web": "typescript"}
 
 
 def require(language: str) -> None:
-    """Skips the test where the toolchain of a language is missing, and says what that is."""
+    """Skips the test if the toolchain of a language is missing; the message says what is needed."""
     if not is_here(language):
         pytest.skip(f"not on this machine: {NEEDED[SAME.get(language, language)]}")

@@ -24,12 +24,12 @@ print(*server.get_host_and_port(), sep=":", flush=True)
 sys.stdin.read()
 server.stop()
 """
-"""It says its address, and ends when nobody holds the other end of its standard input."""
+"""The program of moto's server: it prints its address, and ends when its standard input is closed."""
 
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """The address of moto's server, with the managed policies of AWS. A process of its own: its warnings are no errors."""
+    """The address of moto's server, with AWS' managed policies; a process of its own, where warnings are not errors."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
         stdin=subprocess.PIPE,
@@ -46,7 +46,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def initialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fleet]:
-    """Makes copies of the root module, initialised, for an endpoint; an empty one: for no cloud at all."""
+    """Makes initialized copies of the root module for an endpoint; empty: without any cloud."""
 
     def make(address: str) -> Fleet:
         if shutil.which("terraform") is None:
@@ -63,7 +63,7 @@ def initialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fle
 
 @pytest.fixture(scope="session")
 def fleet(initialised: Callable[[str], Fleet], endpoint: str) -> Fleet:
-    """A fleet, applied."""
+    """A fleet that was applied to moto."""
     made = initialised(endpoint)
     made.apply()
     return made
@@ -71,7 +71,7 @@ def fleet(initialised: Callable[[str], Fleet], endpoint: str) -> Fleet:
 
 @pytest.fixture
 def client(endpoint: str) -> Iterator[Callable[[str], Any]]:
-    """Makes clients of the services of moto."""
+    """Makes boto3 clients of moto's services."""
     made = []
 
     def of(service: str) -> Any:
@@ -93,7 +93,7 @@ def client(endpoint: str) -> Iterator[Callable[[str], Any]]:
 
 @pytest.fixture
 def cloud(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of this process is such that boto3 and terraform reach moto."""
+    """Sets this process' environment so that boto3 and terraform use moto."""
     for name, value in moto_environment(endpoint).items():
         monkeypatch.setenv(name, value)
     if "TF_CLI_CONFIG_FILE" not in moto_environment(endpoint):

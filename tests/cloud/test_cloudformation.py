@@ -1,5 +1,8 @@
-"""deploy/cloudformation: clean by cfn-lint, and deployed to moto. Its word that a stack is complete says nothing: it ignores types
-and properties that it does not know. So the services are asked what is there, by boto3 and by deploy/verify."""
+"""deploy/cloudformation passes cfn-lint and is deployed to moto.
+
+moto reports a stack as complete although it ignores types and properties that it does not know. So these tests read the
+resources from its services, with boto3 and with deploy/verify.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ COMPLETED = {
     ("ServerRole", "Policies.[use].PolicyDocument"),
     ("FlowLogsRole", "Policies.[write].PolicyDocument"),
 }
-"""What moto's CloudFormation leaves out or keeps in another form, and `complete` makes."""
+"""Properties that moto's CloudFormation leaves out or keeps in another form, and that `complete` sets."""
 LEFT_OUT = {
     ("ModelsPolicy", ""),
     ("ArtifactsPolicy", ""),
@@ -51,12 +54,12 @@ LEFT_OUT = {
     ),
     *((group, "SecurityGroupIngress.Description") for group in ("EndpointsGroup", "EnginesGroup")),
 }
-"""What it leaves out, and no later call can set."""
+"""Properties that it leaves out and that no later call can set."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack that moto has made: its name, which is the fleet's too, and the physical ids by the logical ones."""
+    """A stack in moto: its name, which is also the fleet's, and its physical ids by logical ids."""
 
     name: str
     ids: dict[str, str]
@@ -70,14 +73,14 @@ class Stack:
         return f"{self.name}-artifacts-123456789012"
 
     def named(self, template: Path = TEMPLATE) -> dict[tuple[str, str], tuple[object, object]]:
-        """The differences that are found."""
+        """The differences that deploy/verify finds."""
         drifts = stack_drifts(self.name, template, boto3.Session())
         return {(each.resource, each.attribute): (each.declared, each.deployed) for each in drifts}
 
 
 @pytest.fixture
 def stack(cloud, client, request) -> Stack:
-    """A stack of its own for each test. It stays: moto cannot delete a VPC with what CloudFormation put into it."""
+    """A new stack for each test. It is not deleted: moto cannot delete a VPC that is not empty."""
     name = f"formed-{zlib.crc32(request.node.name.encode()):08x}"
     formation = client("cloudformation")
     given = [{"ParameterKey": each, "ParameterValue": value} for each, value in (PARAMETERS | {"Name": name}).items()]
@@ -93,14 +96,14 @@ def stack(cloud, client, request) -> Stack:
 
 
 def policy_of(iam, role: str) -> dict[str, Any]:
-    """The only policy of a role. moto's CloudFormation keeps it as Python prints it."""
+    """The only policy of a role. moto's CloudFormation keeps it as the repr of a Python dictionary."""
     [name] = iam.list_role_policies(RoleName=role)["PolicyNames"]
     document = iam.get_role_policy(RoleName=role, PolicyName=name)["PolicyDocument"]
     return ast.literal_eval(document) if isinstance(document, str) else document
 
 
 def complete(client, stack: Stack) -> None:
-    """Makes what stands in COMPLETED, as CloudFormation would."""
+    """Sets the properties in COMPLETED, as CloudFormation would."""
     s3, ecr, iam = map(client, ("s3", "ecr", "iam"))
     declared = parsed(TEMPLATE.read_text())["Resources"]
     for bucket, name in ((stack.models, "Models"), (stack.artifacts, "Artifacts")):

@@ -1,4 +1,4 @@
-"""deploy/terraform: formatted, valid, its own tests, and applied to moto, which is asked what is there."""
+"""deploy/terraform is formatted and valid, passes its own tests, and makes the expected resources in moto."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGEST = "sha256:" + "1" * 64
 
 @pytest.fixture(scope="session")
 def offline(initialised):
-    """The root module with a provider and no cloud."""
+    """The root module, initialized with its provider but without a cloud."""
     return initialised("")
 
 
@@ -32,7 +32,7 @@ def test_its_own_tests_pass(offline):
 
 
 def test_the_example_is_one(offline):
-    """A name that there is no variable of is an error with -var-file on the command line; so is a value that is refused."""
+    """terraform fails on an unknown variable or an invalid value in a -var-file, so a plan checks the example."""
     example = (offline.folder / "fleet.tfvars.example").read_text()
     names = {line.split("=")[0].strip() for line in example.splitlines() if "=" in line and not line.startswith("#")}
     declared = {

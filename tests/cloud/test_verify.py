@@ -1,6 +1,6 @@
-"""deploy/verify: a fleet as it was made has no difference; of ten things that are changed by hand it names each.
+"""deploy/verify finds no difference in a new fleet, and finds each of ten manual changes.
 
-These tests change the fleet that the other modules look at; pytest runs them after those.
+These tests change the fleet that the other modules use; pytest runs them after those.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MOTO = {
     ("aws_eks_node_group", "update_config"),
     ("aws_launch_template", "tag_specifications"),
 }
-"""What moto does not keep, or makes up: differences before anything is changed."""
+"""Differences that exist before any change, since moto drops or invents these values."""
 
 
 def found(capsys, *arguments: object) -> tuple[int, list[dict[str, Any]]]:
-    """Exit status and differences of a run of the command."""
+    """Runs the command; returns its exit status and the differences."""
     status = verify.main([*map(str, arguments), "--json"])
     out, err = capsys.readouterr()
     assert status != 2, err
@@ -167,7 +167,7 @@ def test_how_values_are_compared():
 
 
 def as_kept(made: dict[str, Any]) -> dict[str, Any]:
-    """An object as an API server keeps it: with a status, with defaults, without what is empty."""
+    """An object as an API server returns it: with a status and defaults, and without empty values."""
     kept = json.loads(json.dumps(made))
     kept["metadata"] |= {"uid": "1", "resourceVersion": "1"}
     kept["status"] = {}
@@ -184,7 +184,7 @@ def as_kept(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_objects_of_a_cluster_that_are_not_the_charts_are_named(tmp_path):
-    """Never tried on a cluster: here are the objects as the API server is known to keep them."""
+    """Uses objects in the form in which an API server returns them; it has not been run on a cluster."""
     images = tmp_path / "images.yaml"
     images.write_text(
         yaml.safe_dump({"image": {"repository": "registry.example/gateway", "digest": "sha256:" + "1" * 64}})

@@ -1,4 +1,4 @@
-"""The chart without a cluster: lint, every profile against the schemas of Kubernetes, and what must be in it."""
+"""Tests of the chart without a cluster: lint, every profile against Kubernetes' schemas, and required properties."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ VALIDATE = ROOT / ".venv" / "bin" / "kubernetes-validate"
 PROFILES = sorted(path.stem for path in (CHART / "profiles").glob("*.yaml"))
 IMAGE = {"repository": "registry.example/gateway", "digest": "sha256:" + "1" * 64}
 ON_TOP = ("critical", "spot", "to-zero")
-"""Profiles that are given after another one, here cpu."""
+"""Profiles that are used on top of another one, here cpu."""
 SCALER = {"repository": "registry.example/scaler", "digest": "sha256:" + "3" * 64}
 SCALING = {"enabled": True, "prometheus": "http://prometheus:9090", "scaler": {"image": SCALER}}
 UNKNOWN_KINDS = ("GRPCRoute", "ScaledObject")
-"""Kinds that are not Kubernetes' own: a real API server has their schemas (make test-kubernetes)."""
+"""Kinds of other APIs, for which there are no schemas here; make test-kubernetes checks them on a real API server."""
 TRITON = {"repository": "registry.example/triton", "digest": "sha256:" + "2" * 64}
 VERSIONS = ("1.30", "1.33", "1.36")
 
@@ -40,7 +40,7 @@ def values_file(folder: Path, values: dict[str, Any]) -> Path:
 
 
 def given(folder: Path, profile: str, **changes: Any) -> list[str | Path]:
-    """The arguments for a profile with images and these changes."""
+    """helm's arguments for a profile, with images and the changes."""
     changes = {"image": IMAGE} | changes
     if profile == "triton-cpu":
         changes = {"triton": {"image": TRITON}} | changes
@@ -156,7 +156,7 @@ def test_what_someone_waits_for_is_on_nodes_that_stay(tmp_path):
 
 
 def test_calls_are_held_where_there_may_be_no_replica(tmp_path):
-    """The service has the replicas and the activator; the fleet that the activator asks has the replicas alone."""
+    """The service selects the replicas and the activator; the service that the activator uses selects only replicas."""
     objects = rendered(tmp_path, "to-zero")
     replica = one(objects, "Deployment")["spec"]
     assert "replicas" not in replica, "KEDA's"
@@ -210,7 +210,7 @@ def test_clients_show_a_certificate(tmp_path):
 
 
 def test_the_gpu_profile_is_for_the_nodes_that_terraform_makes(tmp_path):
-    """A p4d.24xlarge has A100 of 40 GB."""
+    """The GPU profile fits a p4d.24xlarge, which has A100 of 40 GB."""
     [spec, _] = pod_specs(rendered(tmp_path, "gpu"))
     fleet = (ROOT / "deploy" / "terraform" / "fleet" / "main.tf").read_text()
     for label, value in spec["nodeSelector"].items():
@@ -219,7 +219,8 @@ def test_the_gpu_profile_is_for_the_nodes_that_terraform_makes(tmp_path):
 
 
 def test_triton_outlives_the_gateway_and_is_reached_by_nobody_else(tmp_path):
-    """An init container that goes on running ends after the others; an ordinary one would end before they have drained."""
+    """Triton is a restartable init container, which ends after the others; an ordinary container might end before they
+    have drained."""
     for profile in ("triton-cpu", "gpu"):
         objects = rendered(tmp_path, profile)
         [spec, _] = pod_specs(objects)

@@ -1,7 +1,7 @@
-"""deploy/compose.yaml, where there is no engine for it: its schema, and each service's command run as it stands there.
+"""Tests deploy/compose.yaml without a Compose engine: its schema, and each service's command.
 
-The commands run in a network namespace of this test (`make test-deploy`), in which every service's name is loopback; only
-paths of volumes are replaced.
+The commands run in a network namespace of this test (`make test-deploy`), in which every service's name resolves to
+loopback; only paths of volumes are replaced.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PROGRAMS: dict[str, list[str]] = {
     "jaeger": [str(ROOT / ".tools/all-in-one")],
     "prometheus": ["prometheus"],
 }
-"""What the entry point of each service's image runs."""
+"""The entry point of each service's image."""
 READY_S = 90.0
 
 
 def at_home(text: str, paths: dict[str, Path]) -> str:
-    """A word of the file with names of services and paths as they are on this machine."""
+    """Replaces names of services and paths in a word of the file by those of this machine."""
     for name in SERVICES:
         text = (
             text.replace(f"//{name}:", "//127.0.0.1:")
@@ -50,7 +50,7 @@ def at_home(text: str, paths: dict[str, Path]) -> str:
 
 @contextmanager
 def running(name: str, paths: dict[str, Path], log: Path) -> Iterator[None]:
-    """Runs a service's command."""
+    """Runs a service's command during the block."""
     service = SERVICES[name]
     command = [*PROGRAMS[name], *(at_home(word, paths) for word in service.get("command", []))]
     variables = {key: at_home(value, paths) for key, value in service.get("environment", {}).items()}

@@ -1,1 +1,1 @@
-"""Engines on the C client, without a screen: each shows a real picture, which is compared."""
+"""Tests of game and media engines on the C client: each shows a real picture, which is compared."""

@@ -1,4 +1,4 @@
-"""The plug-in and the program, built once."""
+"""Fixtures: the GStreamer plug-in and the SDL program, built once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tools.clients import cpp
 
 
 def require(program: str, engine: str = "") -> None:
-    """Skips the test where a program is missing, or what pkg-config should find for an engine."""
+    """Skips the test if a program is missing, or packages of an engine that pkg-config must find."""
     toolchains.require("cpp")
     missing = cpp.lacks(*cpp.ENGINES.get(engine, ()))
     if shutil.which(program) is None:
@@ -37,7 +37,7 @@ def sprite_sheet() -> Path:
 
 @pytest.fixture(scope="session")
 def love() -> Path:
-    """The folder of the C client's library, where there are LÖVE and a virtual screen."""
+    """The folder of the C client's library; skips the test without LÖVE or a virtual screen."""
     require("Xvfb")
     require("love")
     return cpp.build()

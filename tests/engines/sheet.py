@@ -1,4 +1,4 @@
-"""A program with a sheet of eight sprites on a virtual screen: watched while it develops, and compared at the end."""
+"""Runs a program with a sheet of eight sprites on a virtual screen, watches it, and compares it at the end."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SCREENSHOTS = ROOT / "out/engines"
 
 @dataclass(slots=True)
 class Screen:
-    """A virtual screen: its name for X11, and the file that has its pixels at any time, in the format of xwd."""
+    """A virtual screen: its X11 display name, and the file with its current pixels, in xwd format."""
 
     display: str
     framebuffer: Path
 
     def pixels(self, size: tuple[int, int] = (WIDTH, HEIGHT)) -> NDArray[np.uint8]:
-        """Its top left corner of a width and a height, (height, width, 3) uint8 RGB."""
+        """The pixels of its top left corner of this (width, height), as (height, width, 3) uint8 RGB."""
         data = self.framebuffer.read_bytes()
         header = struct.unpack(">25I", data[:100])
         header_bytes, stride, num_colors = header[0], header[12], header[19]
         begin = header_bytes + 12 * num_colors
         rows = np.frombuffer(data, np.uint8, header[5] * stride, begin).reshape(header[5], stride)
         width, height = size
-        return rows[:height, : 4 * width].reshape(height, width, 4)[:, :, 2::-1]  # blue comes first
+        return rows[:height, : 4 * width].reshape(height, width, 4)[:, :, 2::-1]  # from BGRX to RGB
 
 
 @contextlib.asynccontextmanager
@@ -71,9 +71,9 @@ async def screen(folder: Path, size: tuple[int, int] = (640, 480)) -> AsyncItera
 async def develop(
     start: Start, folder: Path, name: str, prompts: Sequence[str], *command: str | Path, **environment: str
 ) -> None:
-    """Runs a program with the address of a server of the model in the box, until it says that it has `8 sprites`.
+    """Runs a program on a server with the shipped model, until it prints `8 sprites`.
 
-    Their prompts are those given, their seeds 0 to 7. Keeps screenshots in `out/engines` to be looked at.
+    The sprites have the given prompts and the seeds 0 to 7. Keeps screenshots in `out/engines` for people.
     """
     seen: dict[bytes, NDArray[np.uint8]] = {}
     async with start() as running, screen(folder) as shown, safelight.Client(running.address) as client:

@@ -1,4 +1,4 @@
-"""The GStreamer element `safelightsrc` in pipelines of gst-launch."""
+"""Tests of the GStreamer element `safelightsrc` in pipelines of gst-launch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_without_a_server_it_is_an_error_in_bounded_time(gstreamer: Path, 
 
 
 async def test_a_pipeline_that_is_stopped_leaves_its_generation(gstreamer: Path, start, tmp_path: Path) -> None:
-    """It waits for no frame, and the server learns of it."""
+    """Stopping does not wait for a frame, and the server notices that nobody watches."""
     async with start(**SIMULATED | {"simulated_base_ms": 1000}) as running:
         source = f"safelightsrc server={running.address} prompt=potion steps=900"
         process = await launch(gstreamer, tmp_path, f"{source} ! {WRITE}")

@@ -1,4 +1,4 @@
-"""The game engine LÖVE with `clients/cpp/love`, LuaJIT on the C client, on a virtual screen."""
+"""Tests of `clients/cpp/love` in the game engine LÖVE on a virtual screen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def test_a_sprite_sheet_develops(love: Path, start: Start, tmp_path: Path)
 
 
 def test_its_declarations_are_those_of_the_header() -> None:
-    """LuaJIT takes a C declaration on trust: a wrong one is a crash."""
+    """LuaJIT does not check C declarations: with a wrong one it crashes."""
 
     def declared(text: str) -> set[str]:
         functions = re.findall(r"^(?:SAFELIGHT_API )?([\w *]+?\w+\([^;{]*?\));", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The images, run as the chart runs them: no capabilities, nothing to write to but what is mounted."""
+"""Tests of the images, run as in the chart: without capabilities, with a read-only root file system."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def image(target: str) -> str:
 
 @contextmanager
 def container(target: str, *arguments: str, **environment: object) -> Iterator[str]:
-    """A container in the network of this machine, of which everything listens on loopback; yields its id."""
+    """Runs a container in this machine's network, listening on loopback; yields its id."""
     variables = [f"--env={name}={value}" for name, value in environment.items()]
     made = podman("run", "--detach", "--network=host", *RESTRICTED, *variables, image(target), *arguments).strip()
     try:
@@ -58,7 +58,7 @@ def container(target: str, *arguments: str, **environment: object) -> Iterator[s
 
 
 def until_serving(made: str, *command: str) -> None:
-    """Waits until a command in the container says yes."""
+    """Waits until a command in the container succeeds."""
     until = time.monotonic() + START_S
     while podman("exec", made, *command, check=False) == "":
         assert time.monotonic() < until, podman("logs", made)

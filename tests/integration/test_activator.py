@@ -29,7 +29,7 @@ def begun(log: Path, arguments: list[str], environment: dict[str, str]) -> subpr
 
 
 def ready_at(log: Path, process: subprocess.Popen[bytes]) -> str:
-    """The address in its log once it serves."""
+    """Waits until it serves; returns the address in its log."""
     while True:
         for line in log.read_text().splitlines():
             if (event := json.loads(line))["event"] == "serving":

@@ -1,4 +1,4 @@
-"""Every benchmark runs on a tiny plan and its figures make sense; how fast is no matter here."""
+"""Every benchmark runs on a tiny plan and gives plausible figures; its speed is not tested."""
 
 from __future__ import annotations
 

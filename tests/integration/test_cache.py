@@ -1,4 +1,4 @@
-"""What was done once is not done again: through a real server, with the real model."""
+"""The caches through a real server with the real model: earlier work is not repeated."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server():
-    """One for all tests that need no settings of their own; each test has seeds of its own."""
+    """A server shared by tests that need no settings of their own; each test uses its own seeds."""
     async with serving_here() as running, grpc.aio.insecure_channel(running.address) as channel:
         yield running, stubs.GenerationServiceStub(channel)
 
 
 @pytest.fixture
 def seed(_seeds=itertools.count(100, 10)):
-    """The first of ten that no other test has."""
+    """The first of ten seeds that no other test uses."""
     return next(_seeds)
 
 
@@ -58,7 +58,7 @@ def pictures(events: list[pb.GenerationEvent]) -> list[bytes]:
 
 
 async def kept(running) -> None:
-    """Everything that is to be kept is."""
+    """Waits until all writes to the caches have ended."""
     await eventually(lambda: not (running.inspect().live or running.inspect().keeping))
 
 
@@ -196,7 +196,7 @@ async def test_a_similarity_of_one_is_that_of_the_same_words(server, seed):
 
 
 async def test_another_seed_of_the_same_prompt_does_not_begin_from_its_latent(server, seed):
-    """It would end as the same picture."""
+    """Otherwise it would become the same picture."""
     running, stub = server
     first = await collect(stub.Generate(ask("a golden crown on a grey background", seed)))
     await kept(running)
@@ -344,7 +344,7 @@ async def test_a_branch_of_what_is_not_kept_is_refused(server, seed):
 
 
 async def test_what_is_approximate_has_no_steps_to_branch_from(server, seed):
-    """There may be checkpoints under its spec: of another output, which began from noise, whose picture it never was."""
+    """Checkpoints under its spec may belong to another output, which started from noise and has another picture."""
     running, stub = server
     await collect(stub.Generate(ask("a red potion on a dark background", seed)))
     await kept(running)

@@ -1,4 +1,4 @@
-"""Administrators look into the caches and purge them: what is purged is not served any more, the rest is."""
+"""Administrators read the caches' statistics and purge them: purged entries are not served, all others are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SWORD = "a blue sword on a white background"
 
 
 class Studio:
-    """A server with a tenant of its own for each caller."""
+    """A server with a tenant for each caller."""
 
     def __init__(self, running, channel, keys: dict[str, str]) -> None:
         self.running = running
@@ -69,14 +69,14 @@ async def opened(folder, **settings):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def studio(tmp_path_factory):
-    """One for all tests; each has tenants of its own."""
+    """A server shared by all tests; each test uses its own tenants."""
     async with opened(tmp_path_factory.mktemp("keys"), cache_pools={"shared": TENANTS[-2:]}) as made:
         yield made
 
 
 @pytest.fixture
 def pair(_names=zip(TENANTS[::2], TENANTS[1::2])):
-    """Two tenants that no other test has."""
+    """Two tenants that no other test uses."""
     return next(_names)
 
 

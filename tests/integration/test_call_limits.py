@@ -1,4 +1,4 @@
-"""Calls that no caller's quota counts: without a request, without a key, without a method."""
+"""Limits on calls that no caller's quota covers: without a request, without a key, without a method."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Serving = health_pb2.HealthCheckResponse
 async def end_of(call) -> tuple[grpc.StatusCode, dict]:
     """The status of a call that failed, and its details by name."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(5):  # instead of for ever
+        async with asyncio.timeout(5):  # otherwise a fault would hang the test
             async for _ in call:
                 pass
     return caught.value.code(), details(caught.value)
@@ -123,7 +123,7 @@ async def test_a_method_that_is_not_there_is_told_with_a_reason(start, path):
 
 
 def headers_of(path: bytes) -> bytes:
-    """The headers of a call, each as a literal that is not indexed."""
+    """The headers of a call, each as a literal without indexing."""
     pairs = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x", b"te": b"trailers"}
     pairs[b"content-type"] = b"application/grpc"
     return b"".join(header(name, value) for name, value in pairs.items())
@@ -209,7 +209,7 @@ async def test_a_drain_ends_calls_whose_request_has_not_come(start):
 
 
 async def test_whoever_asks_for_the_next_picture_while_the_server_stops_is_told_so(start, monkeypatch):
-    """gRPC ends a call that comes after it has stopped as CANCELLED, without a reason."""
+    """gRPC itself would end a call after the stop as CANCELLED, without a reason."""
     monkeypatch.setattr(call_limits, "QUIET_S", 600.0)
     monkeypatch.setattr(call_limits, "QUIET_PARTS", 60_000)
     monkeypatch.setattr(composition, "LAST_WORDS_S", 60.0)
@@ -238,7 +238,7 @@ async def forever(*_given: object, **_named: object) -> None:
 
 
 async def given_up(*_given: object, **_named: object) -> None:
-    """As if something that it shares with other calls had been cancelled."""
+    """Fails as if something that several calls share had been cancelled."""
     nothing = asyncio.get_running_loop().create_future()
     nothing.cancel()
     await nothing
@@ -267,7 +267,7 @@ async def test_a_call_that_is_given_up_within_the_server_ends_with_a_reason(star
     monkeypatch.setattr(Generations, "find", given_up)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await get_generation(channel, timeout_s=3.0)  # where grpc would let it wait for ever
+            await get_generation(channel, timeout_s=3.0)  # grpc would let it wait without a limit
         assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert details(caught.value)["ErrorInfo"].reason == "INTERNAL"
         assert not running.limits.num_open

@@ -1,4 +1,4 @@
-"""The client library and the command line against a real server: caches, branches, and what they say of them."""
+"""The client library and the command line against a real server: caches, branches, and what they report."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
 class Stub:
-    """A server whose calls end at once, lost or well; `deadlines` are what they were given."""
+    """A fake server whose calls fail or succeed at once; `deadlines` are those of the calls."""
 
     def __init__(self, *events: GenerationEvent, lost: bool = True, code: grpc.StatusCode = UNAVAILABLE) -> None:
         self.deadlines: list[float | None] = []
@@ -122,7 +122,7 @@ class Call:
     async def __anext__(self):
         if self._events:
             return GenerateResponse(event=self._events.pop(0))
-        await asyncio.sleep(0.01)  # so that all who ask at once are under way
+        await asyncio.sleep(0.01)  # so that all concurrent calls have begun
         if self._lost:
             raise grpc.aio.AioRpcError(self._code, NOTHING, NOTHING, "lost")
         raise StopAsyncIteration
@@ -135,7 +135,7 @@ REQUEST_ID = "6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64"
 
 
 async def lose(monkeypatch, stub: Stub, **request: str) -> GenerationError:
-    """What a client says that has asked until its patience ended."""
+    """The error of a client whose patience has ended."""
     monkeypatch.setattr(Client, "_generations", lambda _client, _at: stub)
     monkeypatch.setattr("safelight.client.FIRST_WAIT_S", 0.01)
     async with Client("127.0.0.1:1", patience_s=0.2) as client:
@@ -161,7 +161,7 @@ async def test_a_call_that_a_stopping_server_has_cancelled_is_sent_again(monkeyp
 
 
 async def test_a_wait_before_an_upload_ends_with_the_deadline(monkeypatch):
-    """With the error that says when to come back, at once: a wait that would outlast the deadline is not begun."""
+    """A wait beyond the deadline is not begun: the refusal, with its retry time, is raised at once."""
     full = QueueFullError(
         "as many uploads as may be",
         reason="TOO_MANY_UPLOADS",
@@ -198,7 +198,7 @@ async def test_a_stream_that_ends_well_without_finished_is_resumed_then_an_error
 
 
 def once(read):
-    """Calls that have events only the first time."""
+    """Calls of which only the first has events."""
     seen: list[object] = []
 
     async def wrapped(call):
@@ -211,7 +211,7 @@ def once(read):
 
 
 async def test_generations_that_lose_a_server_together_all_ask_the_next_one(monkeypatch):
-    """The client's own choice was stepped once for each of them, past the server that was there."""
+    """Otherwise each of them would move the client to the next server, past a server that works."""
     finished = Stub(GenerationEvent(generation="generations/a", sequence=1, finished={}), lost=False)
     stubs = [Stub(), finished, Stub()]
     monkeypatch.setattr(Client, "_generations", lambda _client, at: stubs[at])
@@ -226,7 +226,7 @@ async def test_generations_that_lose_a_server_together_all_ask_the_next_one(monk
 
 
 async def test_who_is_refused_by_a_server_that_drains_makes_one_new_connection(simulated):
-    """A load balancer gives it to another server. No retry is left, so these tries are none."""
+    """A load balancer leads it to another server. This works without retries, so it does not count as one."""
     async with draining() as refusing:
         relay = await Relay.start(refusing.address, simulated.address)
         async with Client(relay.address, retries=0, patience_s=20.0) as client:

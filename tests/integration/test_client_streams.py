@@ -1,4 +1,4 @@
-"""What the Python client offers beside the loop over events: shorthands, watching, cancelling, retries, no asyncio."""
+"""The Python client beyond the loop over events: shorthands, watching, cancelling, retries, use without asyncio."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ NOTHING = grpc.aio.Metadata()
 
 
 class Full:
-    """A server whose queue is full so often; then the generation is finished at once."""
+    """A fake server whose queue is full for a number of calls; then the generation finishes at once."""
 
     def __init__(self, refusals: int, retry_after_s: float) -> None:
         self.asked_at: list[float] = []
@@ -123,7 +123,7 @@ class Full:
     [
         (2, 3, None, 3),
         (3, 3, 60.0, 4),
-        (4, 3, None, None),  # once too often
+        (4, 3, None, None),  # one refusal too many
         (1, 0, None, None),
         (1, 3, 0.1, None),  # the deadline would have passed
     ],

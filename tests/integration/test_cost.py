@@ -1,4 +1,4 @@
-"""What a generation costs, and a plan from what a running server says of itself."""
+"""The cost of a generation, and a plan from the times that a running server reports."""
 
 from __future__ import annotations
 

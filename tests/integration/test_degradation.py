@@ -1,4 +1,4 @@
-"""Under pressure a request gives up what its quality floor allows, and the spec that is accepted is developed."""
+"""Under pressure the quality of a request is lowered as its floor allows, and the accepted spec is developed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AlwaysOn:
     """Pressure on every class."""
 
     def update(self, left_s: object, num_instances: int) -> None:
-        """Nothing ends it."""
+        """Does nothing, so that the pressure never ends."""
 
     def on(self, priority: Priority) -> bool:
         return True
@@ -36,7 +36,7 @@ class AlwaysOn:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server():
-    """One for all tests that bring their own pressure; each test has seeds of its own."""
+    """A server shared by tests that set the pressure; each test uses its own seeds."""
     async with serving_here() as running, grpc.aio.insecure_channel(running.address) as channel:
         yield running, stubs.GenerationServiceStub(channel)
 
@@ -157,7 +157,7 @@ async def test_the_python_client_asks_for_it_and_is_told(server, pressed, seed):
 
 
 async def test_demand_is_what_was_asked_for(server, seed, monkeypatch):
-    """A fleet that degrades is too small: the scaler must see the load that it would have without."""
+    """A fleet that lowers quality is too small, so the scaler must see the load without degradation."""
     running, stub = server
     monkeypatch.setattr(CostCurve, "at", lambda _, rows: 0.01 + 0.001 * rows)  # a measured one changes with each call
     asked: list[float] = []

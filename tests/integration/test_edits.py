@@ -1,4 +1,4 @@
-"""Pictures from a picture over HTTP: forms and what is refused of them, against a real server."""
+"""Image edits over HTTP against a real server: forms, and forms that are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = {"prompt": "a red potion", "num_inference_steps": "10", "seed": "7", "st
 
 
 def clear(*, size: tuple[int, int] = (128, 128)) -> bytes:
-    """A mask in OpenAI's form: its left half is transparent."""
+    """A mask as in OpenAI's API, whose left half is transparent."""
     mask = Image.new("RGBA", size, (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
     return png(mask)
@@ -52,7 +52,7 @@ def files(image: bytes = PHOTO, **more: bytes) -> dict[str, tuple[str, bytes]]:
 
 
 async def over_grpc(running, seed: int, **spec: object) -> bytes:
-    """The picture that the same request gives over gRPC, where the pictures have been sent by HTTP."""
+    """The picture of the same request over gRPC, with the pictures that were uploaded by HTTP."""
     given = pb.GenerationSpec(prompt="a red potion", num_inference_steps=10, outputs=[pb.OutputSpec(seed=seed)], **spec)
     async with grpc.aio.insecure_channel(running.address) as channel:
         call = stubs.GenerationServiceStub(channel).Generate(pb.GenerateRequest(spec=given))
@@ -158,7 +158,7 @@ async def test_what_is_no_form_is_refused(server, headers, data, status):
 
 
 async def test_pages_of_other_origins_send_no_forms():
-    """Browsers send forms to other origins without asking, so the server must ask itself."""
+    """Browsers send forms to other origins without a preflight request, so the server must check the origin."""
     async with http_server(http_cors_origins="https://app.example") as running, client(running) as http:
         own = f"http://{running.http_address}"
         for origin, status in [("https://evil.example", 403), ("null", 403), ("https://app.example", 200), (own, 200)]:
@@ -191,7 +191,7 @@ async def test_a_form_that_is_too_large_is_not_kept(server, announced, monkeypat
 
 
 async def test_forms_under_way_count_among_the_uploads():
-    """They keep room before a byte of them is read, and until their pictures are kept."""
+    """A form reserves space before it is read, until its pictures are stored."""
     async with http_server(simulated_base_ms=50.0) as running, client(running) as http:
         announced = 2 * (16 << 20)
         head = f"POST {EDITS} HTTP/1.1\r\nhost: {running.http_address}\r\ncontent-length: {announced}\r\n"
@@ -222,7 +222,7 @@ async def test_a_form_that_does_not_come_is_not_waited_for(server, monkeypatch):
 
 
 async def test_files_of_a_form_are_not_written_to_disk(monkeypatch):
-    """What users send lies nowhere in the clear."""
+    """Uploaded files must not be on disk unencrypted."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a file was made")
@@ -241,7 +241,7 @@ async def test_files_of_a_form_are_not_written_to_disk(monkeypatch):
 
 
 async def test_a_mask_of_grey_goes_over_grpc_alone(server):
-    """There white is developed; OpenAI's API knows transparency alone, and a mask must not mean its opposite."""
+    """Over gRPC white is developed; OpenAI's API uses transparency only, where a grey mask would mean the opposite."""
     async with client(server) as http:
         response = await http.post(EDITS, data=TEXTS, files=files(mask=MASK))
     assert response.json()["error"]["param"] == "mask"

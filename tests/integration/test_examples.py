@@ -1,4 +1,4 @@
-"""The examples run as a user runs them: a program in a process of its own, against a real server."""
+"""Runs the examples as users do: each program in a process of its own, against a real server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 def example(name: str) -> str:
-    """Its path; `test_each_example_is_run_by_a_test` finds calls of this."""
+    """The path of an example; `test_each_example_is_run_by_a_test` looks for calls of this function."""
     return str(EXAMPLES / name)
 
 

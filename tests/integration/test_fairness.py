@@ -1,4 +1,4 @@
-"""Beside any amount of others' work an interactive request is soon served, and whose slot was taken loses nothing."""
+"""An interactive request is served soon whatever others have queued, and outputs whose slot it takes lose nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = pb.Scheduling(priority=pb.PRIORITY_BATCH)
 
 
 def request(steps: int, seeds: list[int], scheduling: pb.Scheduling, **spec: object) -> pb.GenerateRequest:
-    """Raw pixels, no previews, nothing from a cache."""
+    """A request for raw pixels without previews, which bypasses the caches."""
     outputs = [pb.OutputSpec(seed=seed) for seed in seeds]
     return pb.GenerateRequest(
         spec=pb.GenerationSpec(prompt="a red potion", num_inference_steps=steps, outputs=outputs, **spec),

@@ -1,4 +1,4 @@
-"""The whole path with the real model: a real server, a real client, real pictures."""
+"""Generate from end to end with the real model: a real server, a real client, real pictures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def shared_server():
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def server(shared_server):
-    """One server for all tests that configure nothing: each asks for pictures that no test before it made."""
+    """A server shared by tests without settings of their own; each requests pictures that no earlier test has made."""
     yield shared_server
     running, stub = shared_server
     for name in list(running.generations._live):

@@ -1,4 +1,4 @@
-"""gRPC-Web byte by byte: frames, trailers, the text form, and what is refused."""
+"""gRPC-Web byte by byte: frames, trailers, the text form, and refused requests."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ async def test_a_page_of_an_allowed_origin_may_call():
 
 
 async def test_a_stream_that_is_lost_can_be_resumed(server):
-    """As over gRPC, and unlike OpenAI's API: a page knows its generation."""
+    """As over gRPC and unlike OpenAI's API, since a page knows the name of its generation."""
     request = pb.GenerateRequest(spec=pb.GenerationSpec(prompt="x", num_inference_steps=400))
     data = frame(request.SerializeToString())
     head = (

@@ -88,7 +88,7 @@ async def test_a_stream_has_the_first_step_and_later_ones_and_the_picture(server
 
 
 async def test_a_stream_is_never_silent_for_long(server, monkeypatch):
-    """Proxies close what is."""
+    """Proxies close silent connections."""
     monkeypatch.setattr("safelight_server.http.images.SILENCE_S", 0.0)
     async with client(server) as http:
         response = await http.post(GENERATIONS, json=body(stream=True))
@@ -103,7 +103,7 @@ async def test_the_next_generation_comes_over_the_same_connection(server):
 
 
 async def test_a_stream_may_have_several_pictures(server):
-    """Each has its place, and the usages of all events are together that of the answer without a stream."""
+    """Each has its index, and the sum of all events' usages is that of the answer without a stream."""
     asked = body(n=3, seed=7, num_inference_steps=30)
     async with client(server) as http:
         answer = (await http.post(GENERATIONS, json=asked)).json()
@@ -128,7 +128,7 @@ async def test_a_stream_may_have_several_pictures(server):
 
 
 async def test_the_same_key_attaches_to_the_same_generation(server):
-    """Without a seed, too, which the server chooses."""
+    """Also without a seed, which the server then chooses."""
     key = {"idempotency-key": "order 66"}
     async with client(server) as http:
         one, other = await asyncio.gather(*(http.post(GENERATIONS, json=body(n=2), headers=key) for _ in range(2)))
@@ -157,7 +157,7 @@ async def test_a_key_of_another_request_is_refused(server):
 
 
 async def test_who_leaves_with_a_key_may_come_back(server):
-    """What was made until then is kept; without a key it would be cancelled at once."""
+    """The work so far is kept; without an idempotency key it would be cancelled at once."""
     asked, key = body(num_inference_steps=300, seed=3), "idempotency-key: back\r\n"
     async with raw_connection(server) as (_, writer):
         writer.write(post(server, asked).replace(b"content-type", key.encode() + b"content-type", 1))
@@ -206,7 +206,7 @@ async def test_every_refusal_is_json(server, method, path, options, status):
 
 
 async def test_a_body_without_a_length_is_bounded_too(server, monkeypatch):
-    monkeypatch.setattr(http_calls, "BODY_S", 1.0)  # else a test that fails would take long
+    monkeypatch.setattr(http_calls, "BODY_S", 1.0)  # otherwise a failing test would take long
     async with raw_connection(server) as (reader, writer):
         head = post(server, {}).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
         writer.write(head + b"20000\r\n" + b"x" * 0x20000)
@@ -230,7 +230,7 @@ async def test_keys_are_those_of_grpc(tmp_path):
 
 
 async def test_a_server_that_trusts_its_machine_answers_only_to_its_name(server):
-    """Else a page could have its own name resolved to this machine, and would be of the same origin."""
+    """Otherwise a page could let its own name resolve to this machine (DNS rebinding) and have the same origin."""
     async with client(server) as http:
         for host, status in [("evil.example", 421), ("evil.example:80", 421), ("", 421), ("localhost:80", 200)]:
             response = await http.get("/v1/models", headers={"host": host})
@@ -331,13 +331,13 @@ async def test_a_client_that_leaves_cancels(server, stream):
 
 @pytest.fixture
 def large_previews(monkeypatch):
-    """Each is more than what the kernels keep for a client that does not read."""
+    """Makes previews larger than the kernel's buffers for a client that does not read."""
     small = ImageAnswer.partial
     monkeypatch.setattr(ImageAnswer, "partial", lambda *given: small(*given) | {"padding": "x" * 200_000})
 
 
 async def test_one_that_does_not_read_gets_newer_previews_and_no_backlog(server, large_previews):
-    """While it does not take the first one, no other is made."""
+    """No second preview is made while it has not read the first."""
     asked = body(num_inference_steps=60, stream=True, partial_images=3, seed=1)
     async with raw_connection(server, receive_bytes=8192) as (reader, writer):
         writer.write(post(server, asked))
@@ -364,7 +364,7 @@ async def test_one_that_never_reads_is_closed_and_cancels(large_previews):
         await eventually(lambda: len(running.streams) == 0)
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             async with asyncio.timeout(5):
-                await reader.readexactly(10_000_000)  # more than there is
+                await reader.readexactly(10_000_000)  # more than is sent
 
 
 # --- connections ---
@@ -396,7 +396,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
         writer.write(post(running, body())[:-1])
         async with asyncio.timeout(5):
             assert b" 408 " in await reader.readline()
-            await reader.read()  # to its end: it is closed
+            await reader.read()  # until it is closed
         assert len(running.streams) == 0
 
 

@@ -1,4 +1,4 @@
-"""Pictures that clients send: uploads and what is refused of them, and development from them by the real model."""
+"""Uploaded pictures: uploads, refused uploads, and development from them with the real model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def name_of(data: bytes) -> str:
 
 
 def pieces(data: bytes, **first: object) -> list[images_pb2.UploadImageRequest]:
-    """The messages of an upload; `first`: what its first one says that is not so."""
+    """The messages of an upload; `first` replaces fields of the first one by wrong values."""
     head = {"sha256": hashlib.sha256(data).digest(), "total_bytes": len(data)} | first
     size = 32 << 10
     parts = [data[at : at + size] for at in range(0, len(data), size)]
@@ -56,7 +56,7 @@ async def upload(channel: grpc.aio.Channel, data: bytes, metadata: object = None
 
 
 def development(seed: int, sampler: str = "ddim", **spec: object) -> pb.GenerateRequest:
-    """Anew, as no cache may answer it."""
+    """A request that bypasses the caches."""
     message = request(seed, steps=10)
     message.spec.MergeFrom(pb.GenerationSpec(sampler=pb.SamplerSpec(name=sampler), **spec))
     message.cache.mode = pb.CachePolicy.MODE_BYPASS
@@ -127,7 +127,7 @@ async def test_a_picture_that_is_not_there_is_not_found_under_its_field(server, 
 
 
 async def test_pictures_are_the_same_alone_and_beside_others(server):
-    """Text, img2img and inpainting by several samplers share batches; each has the bits that it has alone."""
+    """Text, img2img and inpainting with several samplers share batches; each is bit-equal to the same request alone."""
     _, channel = server
     stub = stubs.GenerationServiceStub(channel)
     init, mask = (await upload(channel, PHOTO)).name, (await upload(channel, MASK)).name

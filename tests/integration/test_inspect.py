@@ -1,4 +1,4 @@
-"""`Running.inspect()`: the numbers of what a server holds, while it works and afterwards."""
+"""`Running.inspect()`: what a server holds in memory, while it works and afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server with one good and one bad pipeline serves the good one and says what is wrong with the other."""
+"""A server with a good and a bad pipeline serves the good one and reports what is wrong with the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no longer kept goes at once, whether the garbage collector runs or not."""
+"""Memory that is not needed any longer is freed at once, without the garbage collector."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def develop(stub, seed: int, outputs: int = 1, **how) -> list[pb.Generatio
 
 
 async def test_generations_beyond_the_bound_go_at_once(start, no_collector):
-    """Developed, the same twice in one, and out of the cache."""
+    """Generations that are developed, that have two equal outputs, and that come from the cache."""
     async with start(**SIMULATED, max_results=MAX_RESULTS) as running:
         before = {kind: num_held(kind) for kind in (Generation, Execution, Watcher, FinishedPicture)}
         async with grpc.aio.insecure_channel(running.address) as channel:
@@ -56,12 +56,12 @@ async def test_generations_beyond_the_bound_go_at_once(start, no_collector):
 
 
 async def test_those_whose_deadline_passed_go_at_once(start, no_collector):
-    """All their outputs hear it, of one execution, and end once."""
+    """All outputs of one execution are notified, and end once."""
     async with start(**SIMULATED | {"simulated_base_ms": 50.0}, max_results=1) as running:
         before = num_held(Generation), num_held(Execution)
         async with grpc.aio.insecure_channel(running.address) as channel:
             stub = stubs.GenerationServiceStub(channel)
-            running.generations._engine.scheduler.estimate_s = lambda *_: 0.0  # so that it is let in
+            running.generations._engine.scheduler.estimate_s = lambda *_: 0.0  # so that it is admitted
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await develop(stub, 1, outputs=3, timeout=0.2)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -87,7 +87,7 @@ async def test_those_whose_streams_end_with_an_error_go_at_once(start, no_collec
 
 
 async def test_an_unread_stream_that_was_ended_keeps_no_pictures(start, no_collector):
-    """Its call lasts as long as its connection, since gRPC cannot end it."""
+    """The call lasts as long as its connection, since gRPC cannot end it."""
     raw = pb.PixelEncoding(media_type="application/x-raw-rgba8")
     spec = pb.GenerationSpec(prompt="x", num_inference_steps=1, outputs=[pb.OutputSpec(seed=n) for n in range(16)])
     async with start(**SIMULATED, max_results=1, watcher_stall_s=0.3) as running:

@@ -1,4 +1,4 @@
-"""Generations that start from the picture of another one, by its name."""
+"""Generations that start from the picture of another generation, by its name."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ async def test_the_caches_know_the_content(server):
 
 
 async def test_the_same_request_id_attaches_after_the_output_has_gone(server):
-    """The name counts as it was sent: a retry is the same request, whatever is kept meanwhile."""
+    """The request id compares the name as it was sent, so a retry is the same request even if the output is gone."""
     running, _, stub = server
     first = await collect(stub.Generate(request(7, steps=4)))
     message = development(8, init_image=f"{first[0].generation}/outputs/0")

@@ -1,4 +1,4 @@
-"""A server that runs for a while reports nothing: no file in the home folder, no name looked up."""
+"""A running server reports nothing to anyone: it writes no file to the home folder and resolves no name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WATCHED_S = {"onnx": 12.0, "simulated": 2.0}
-"""ONNX Runtime looked its collector up 9 s after the first session was made."""
+"""Seconds to watch, by runtime. ONNX Runtime resolved its collector 9 s after the first session was made."""
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "simulated"])
@@ -24,7 +24,7 @@ def test_a_server_writes_no_file_and_looks_no_name_up(runtime, tmp_path):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SAFELIGHT", "XDG")) and "TELEMETRY" not in k}
     code = "from safelight_server.cli.main import main; main()"
     command = [sys.executable, "-c", code, "serve", "--port", "0", "--runtime", runtime]
-    strace = shutil.which("strace")  # tools/install-system-packages brings it; without it files alone are checked
+    strace = shutil.which("strace")  # tools/install-system-packages installs it; without it only files are checked
     if strace:
         # --seccomp-bpf: only network calls stop, so that the server starts about as quickly as without.
         command = [strace, "-D", "-f", "-qq", "--seccomp-bpf", "-e", "trace=network", "-o", str(network), *command]
@@ -41,11 +41,11 @@ def test_a_server_writes_no_file_and_looks_no_name_up(runtime, tmp_path):
             while b"listens on" not in output.read_bytes():
                 assert server.poll() is None and time.monotonic() < deadline, output.read_text()
                 time.sleep(0.05)
-            time.sleep(WATCHED_S[runtime])  # nothing can be waited for: the rule is that nothing happens
+            time.sleep(WATCHED_S[runtime])  # there is no event to wait for: the rule is that nothing happens
         finally:
             server.send_signal(signal.SIGTERM)
             assert server.wait(20) == 0, output.read_text()
     calls = network.read_text() if strace else "listen("
-    assert "listen(" in calls  # strace has seen the server
+    assert "listen(" in calls  # strace has traced the server
     files = [file for file in home.rglob("*") if file.is_file()]
     assert (files, [line for line in calls.splitlines() if "htons(53)" in line]) == ([], [])

@@ -37,11 +37,11 @@ class Served:
     log: Path
 
     def events(self) -> list[str]:
-        """The events in its log; fails where a line is no JSON object."""
+        """The events in its log; fails if a line is not a JSON object."""
         return [json.loads(line)["event"] for line in self.log.read_text().splitlines()]
 
     def file(self, number: int) -> str:
-        """What a file descriptor of the process leads to."""
+        """The target of a file descriptor of the process."""
         return str(Path(f"/proc/{self.process.pid}/fd/{number}").readlink())
 
     async def ends(self, number: int) -> int:
@@ -77,8 +77,8 @@ async def served(
 
 def begin(target: str, log: Path, stdout: Path, before: str, environment: dict[str, str]) -> Served:
     host, port = (target, "0") if target.startswith("unix:") else target.split(":")
-    # a process that becomes the server, in place of code between fork and exec: gRPC's fork handlers may abort there;
-    # the tests themselves may run under nohup, which servers inherit
+    # A program that then becomes the server (exec), since gRPC's fork handlers may abort in code between fork and exec.
+    # The tests themselves may run under nohup, which servers inherit.
     launch = f"import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); {before}\nos.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-c", launch, sys.executable]
     command += ["-m", "safelight_server", "serve", "--host", host, "--port", port]
@@ -90,7 +90,7 @@ def begin(target: str, log: Path, stdout: Path, before: str, environment: dict[s
 
 
 def answers(target: str) -> bool:
-    """Whether something listens there."""
+    """Whether something listens at the target."""
     unix = target.startswith("unix:")
     host, _, port = target.partition(":")
     with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as client:
@@ -104,7 +104,7 @@ async def test_a_signal_lets_what_runs_finish(short_path, number):
         await anext(events)
         ending = asyncio.create_task(server.ends(number))
         await eventually(lambda: "draining" in server.events() or ending.done())
-        server.process.send_signal(signal.SIGHUP)  # a terminal that closes sends two
+        server.process.send_signal(signal.SIGHUP)  # a closing terminal sends two
         assert isinstance([event async for event in events][-1], Finished)
         assert await ending == 0
         assert not (short_path / "socket").exists()
@@ -142,7 +142,7 @@ async def test_a_summary_that_cannot_be_printed_is_a_line_of_the_log(short_path)
 
 
 async def test_nobody_writes_lines_of_his_own_into_the_log(short_path):
-    """Not with what a library warns of, and not with what gRPC's core says of a handshake."""
+    """Neither by a library's warnings nor by messages of gRPC's core about a handshake."""
     cert_file, key_file = self_signed(short_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         target = f"127.0.0.1:{free.getsockname()[1]}"

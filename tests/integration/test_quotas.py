@@ -1,4 +1,4 @@
-"""Quotas over the wire: one tenant beyond its limits is refused and told when to come back; others notice nothing."""
+"""Quotas over gRPC: a tenant beyond its limits is refused with a retry time; others are not affected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README shows works: its Python program and its commands, against a real server."""
+"""Runs the README's Python program and commands against a real server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADDRESS, HTTP_ADDRESS = "127.0.0.1:8421", "127.0.0.1:8080"
 
 
 async def run(folder: Path, *command: str, program: str = sys.executable) -> str:
-    """Runs a program, Python by default, in `folder`; its output."""
+    """Runs a program, Python by default, in `folder` and returns its output."""
     process = await asyncio.create_subprocess_exec(
         program, *command, cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -30,7 +30,7 @@ async def run(folder: Path, *command: str, program: str = sys.executable) -> str
 
 
 def python_program(package: str, text: str = README) -> str:
-    """The program that imports a package."""
+    """The README's program that imports a package."""
     [program] = [
         code
         for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)

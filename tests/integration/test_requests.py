@@ -1,4 +1,4 @@
-"""What is refused on the wire: whole reasons, nothing computed, nothing kept that is not bounded."""
+"""Refused requests over gRPC: complete reasons, no computation, and only bounded memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def server(start):
 
 
 async def refusal(call) -> tuple[grpc.StatusCode, dict[str, Message]]:
-    """The status of a call that fails, and its details by name."""
+    """The status of a failed call, and its details by name."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:
             pass
@@ -135,7 +135,7 @@ async def test_a_bad_caller_name_is_refused(server):
 
 
 async def test_a_deadline_that_cannot_be_met_computes_nothing(start):
-    """1000 steps of 50 ms in 20 seconds: the server says so at once, long before the client gives up."""
+    """1000 steps of 50 ms within 20 seconds: the server refuses at once, long before the client's deadline."""
     async with (
         start(**SIMULATED | {"simulated_base_ms": 50.0}) as running,
         grpc.aio.insecure_channel(running.address) as channel,
@@ -211,7 +211,7 @@ async def test_streams_of_a_caller_are_bounded_whatever_they_watch(start):
 
 
 async def test_an_outcome_that_was_lost_frees_its_request_id(server):
-    """What gRPC retries, UNAVAILABLE, must be able to run again under the same id."""
+    """gRPC retries UNAVAILABLE, so the request must be able to run again under the same id."""
     running, channel = server
     stub, run = stubs.GenerationServiceStub(channel), running.runtime.run
 
@@ -249,7 +249,7 @@ async def test_a_bug_at_the_start_leaves_no_request_id_behind(server):
 
 
 async def test_the_time_that_looking_takes_counts_against_the_deadline(start):
-    """50 s are needed, 75 s are there, and a slow store takes 40 of them."""
+    """It needs 50 s and has 75 s, of which a slow store takes 40."""
     async with (
         start(**SIMULATED | {"simulated_base_ms": 50.0}) as running,
         grpc.aio.insecure_channel(running.address) as channel,
@@ -283,7 +283,7 @@ async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
 
 
 async def test_a_finished_picture_is_kept_once(server):
-    """So that what bounds the bytes of pictures bounds what they take."""
+    """So that the bound on pictures' bytes bounds their memory."""
     _, channel = server
     stub = stubs.GenerationServiceStub(channel)
     message = request()
@@ -324,7 +324,7 @@ async def test_while_a_runtime_restarts_requests_with_a_deadline_are_taken_too(s
 
 
 async def test_whoever_waits_for_a_runtime_until_the_deadline_is_told_so(server, monkeypatch):
-    """By its own timer as by the engine's, whichever rings first; and the request id is free for a retry."""
+    """By the generation's timer or the engine's, whichever is first; and the request id is free for a retry."""
     running, channel = server
     monkeypatch.setattr(type(running.runtime), "num_live", 0)
     monkeypatch.setattr(running.runtime, "usable", lambda _free: [])
@@ -348,7 +348,7 @@ async def test_a_drain_does_not_wait_for_a_generation_that_nobody_watches_any_mo
 
 
 async def undelivered(running, channel):
-    """A call whose pictures are there and not read."""
+    """A call whose pictures are finished and not read."""
     spec = request(num_inference_steps=1).spec
     spec.outputs.extend(pb.OutputSpec(seed=seed) for seed in range(64))
     raw, previews = (
@@ -364,7 +364,7 @@ async def undelivered(running, channel):
 
 
 async def finishes(call) -> bool:
-    """Whether all of a call comes that was begun to be read."""
+    """Whether a call, once it is read, comes to its end."""
     last = [response.event.WhichOneof("event") async for response in call][-1]
     return (last, await call.code()) == ("finished", grpc.StatusCode.OK)
 
@@ -380,7 +380,7 @@ async def test_a_generation_ends_although_its_end_cannot_be_logged(server):
 
 
 def small(address: str) -> grpc.aio.Channel:
-    """A connection that takes little of what nobody reads."""
+    """A connection with small buffers for unread data."""
     return grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
 
 
@@ -397,7 +397,7 @@ async def test_a_drain_waits_until_what_has_ended_is_delivered(server):
 
 
 async def test_what_was_handed_to_the_network_is_delivered_within_the_grace(server):
-    """Here it takes some seconds; and whoever watches the health does not hold up the drain."""
+    """Here this takes some seconds; a health watch does not delay the drain."""
     running, _ = server
     relay = await Relay.start(running.address)
     async with grpc.aio.insecure_channel(relay.address) as slow, grpc.aio.insecure_channel(running.address) as other:
@@ -407,7 +407,7 @@ async def test_what_was_handed_to_the_network_is_delivered_within_the_grace(serv
         relay.delay_s = 0.05
         drained, finishing = running.drain(3600.0), asyncio.create_task(finishes(call))
         await drained
-        relay.cut()  # as the end of the server's process does
+        relay.cut()  # like the end of the server's process
         assert await finishing
         assert (await health.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert await health.code() is grpc.StatusCode.UNAVAILABLE

@@ -1,4 +1,4 @@
-"""Two hundred rude clients at once: whatever they do, nothing of theirs is left and the scheduler agrees with itself."""
+"""Two hundred rude clients at once: afterwards nothing of theirs is left, and the scheduler's state is consistent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MODES = (pb.CachePolicy.MODE_DEFAULT, pb.CachePolicy.MODE_BYPASS, pb.CachePolicy
 
 
 class Rude:
-    """One client, and what it saw of others."""
+    """A client that misbehaves at random."""
 
     def __init__(self, channel: grpc.aio.Channel, names: list[str], seed: int) -> None:
         self._channel = channel
@@ -81,7 +81,7 @@ class Rude:
         await self._read(self._stub.WatchGeneration(request, timeout=self._timeout()))
 
     async def _speak(self) -> None:
-        """What has no stream, or makes no sense."""
+        """Makes unary calls and senseless requests."""
         dice, name = self._dice, self._name()
         match dice.randrange(4):
             case 0:
@@ -97,7 +97,7 @@ class Rude:
                     pass
 
     async def _read(self, call: grpc.aio.UnaryStreamCall) -> None:
-        """Reads all of it, slowly, or some of it and then leaves, stops reading for a while, or is told to stop."""
+        """Reads a stream to its end, slowly, or in part; then leaves, pauses reading, or cancels."""
         dice = self._dice
         leave_after, pause_s = dice.choice((0, 1, 3, 10, 1000, 1000)), dice.choice((0.0, 0.0, 0.02))
         if leave_after == 0:
@@ -183,7 +183,7 @@ async def test_nothing_is_left_of_two_hundred_rude_clients(start, capfd):
 
 
 def _tasks() -> set[str]:
-    """What runs, by name; a server at rest has one task of each."""
+    """Names of running tasks; an idle server has one of each."""
     return {task.get_coro().__qualname__ for task in asyncio.all_tasks()}
 
 

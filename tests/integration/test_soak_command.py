@@ -1,4 +1,4 @@
-"""The soak runs for seconds, to see that good callers are served and every hostile one does something."""
+"""The soak test runs for seconds: good callers are served, and every hostile caller has an effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of the page: their types, their headers, and that they are sent only where they have changed."""
+"""The files of the page: their types and headers, and that unchanged files are not sent again."""
 
 from __future__ import annotations
 

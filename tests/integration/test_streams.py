@@ -1,4 +1,4 @@
-"""Watchers that stop reading, read slowly or vanish: nobody else is slowed, and their own picture arrives whole."""
+"""Watchers that stop reading, read slowly or vanish: no other is slowed, and their own picture arrives complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURE_BYTES = 128 * 128 * 4
 
 
 def long_request(steps: int) -> pb.GenerateRequest:
-    """Raw previews of 64 KiB after every step."""
+    """A request with raw previews of 64 KiB after every step."""
     return pb.GenerateRequest(
         spec=pb.GenerationSpec(prompt="x", num_inference_steps=steps),
         preview=pb.PreviewPolicy(accept=[RAW], method=pb.PREVIEW_METHOD_TINY_DECODER),
@@ -37,13 +37,13 @@ async def simulated(start):
 
 
 def channel(running):
-    """A connection of its own, as another process would have."""
+    """A separate connection, as from another process."""
     options = [*SMALL_WINDOW, ("grpc.use_local_subchannel_pool", 1)]
     return grpc.aio.insecure_channel(running.address, options)
 
 
 def streams_of_server() -> int:
-    """Streaming calls that the server, which is in this process, has not got rid of."""
+    """Number of streaming calls that the server, which runs in this process, has not released."""
     names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
     return sum(name in ("_schedule_rpc_coro", "_Stream._abort") for name in names)
 
@@ -57,7 +57,7 @@ def previews(events) -> list[pb.Preview]:
 
 
 async def test_one_that_stops_reading_is_ended_and_resumes(simulated):
-    """The one beside it gets everything meanwhile, and the steps go on."""
+    """Another watcher gets everything meanwhile, and the steps continue."""
     async with channel(simulated) as connection, channel(simulated) as healthy_connection:
         stub, healthy_stub = map(stubs.GenerationServiceStub, (connection, healthy_connection))
         message = long_request(1000)
@@ -96,7 +96,7 @@ async def test_one_that_stops_reading_is_ended_and_resumes(simulated):
 
 
 async def test_those_that_are_ended_from_outside_do_not_end_well(simulated):
-    """However quickly their calls return: here they wait for events, and closing a watcher lets its call return."""
+    """Their status is an error even if they return at once: here they wait for events when the watcher is closed."""
     async with channel(simulated) as connection:
         stub = stubs.GenerationServiceStub(connection)
         message = long_request(1000)
@@ -117,7 +117,7 @@ async def test_those_that_are_ended_from_outside_do_not_end_well(simulated):
 
 
 async def test_a_stalled_one_whose_connection_dies_is_forgotten(simulated, capfd):
-    """Its status could not be sent any more: nobody is told, and nothing of it is left."""
+    """Its status cannot be sent any more; it is dropped, and nothing of the stream is left."""
     relay = await Relay.start(simulated.address)
     async with grpc.aio.insecure_channel(relay.address, SMALL_WINDOW) as connection:
         call = stubs.GenerationServiceStub(connection).Generate(long_request(1000))
@@ -174,7 +174,7 @@ async def test_one_that_vanishes_leaves_the_others_alone(simulated):
 
 
 async def test_three_on_one_generation_share_what_is_rendered(simulated):
-    """Two with the same encoding and one with another: a step is decoded once and encoded twice."""
+    """With two watchers of the same encoding and one of another, a step is decoded once and encoded twice."""
     steps = 60
     async with channel(simulated) as connection:
         stub = stubs.GenerationServiceStub(connection)

@@ -1,4 +1,4 @@
-"""What one tenant leaves behind never costs another tenant what it was promised."""
+"""Results of one tenant never evict what another tenant was promised."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_generations_that_one_tenant_leaves_never_end_those_of_another(sta
 
 @pytest.mark.parametrize("bound", [{"max_results": 6}, {"max_results_bytes": 1 << 20}])
 async def test_results_of_one_tenant_never_push_out_those_of_another(start, keys, bound):
-    """Neither the pictures nor the outcome of a request id, by number or by bytes: 8 of the rude are over 2 MiB."""
+    """Neither pictures nor outcomes of request ids, by number or by bytes (8 of the rude tenant's exceed 2 MiB)."""
     file, polite, rude = keys
     raw = pb.PixelEncoding(media_type="application/x-raw-rgba8")
     async with (
@@ -89,7 +89,7 @@ async def test_results_of_one_tenant_never_push_out_those_of_another(start, keys
 
 
 async def test_results_that_are_watched_stay_watchable(start, keys):
-    """What a stream still reads is not dropped for what its own tenant finishes meanwhile."""
+    """A result that a stream still reads is not dropped for later results of the same tenant."""
     file, _, rude = keys
     async with (
         start(**SIMULATED, api_key_file=file, max_results=2) as running,
@@ -111,7 +111,7 @@ async def test_results_that_are_watched_stay_watchable(start, keys):
 
 
 async def test_slow_streams_of_one_tenant_are_ended_before_memory_is_short_and_resume(start, keys):
-    """Long before `watcher_stall_s`. A slow stream of another tenant is left alone; both pictures arrive whole."""
+    """Long before `watcher_stall_s`. Another tenant's slow stream is not ended; both pictures arrive complete."""
     file, polite, rude = keys
     raw = pb.PixelEncoding(media_type="application/x-raw-rgba8")
     async with (

@@ -22,7 +22,7 @@ from tests.support.http import GENERATIONS, body, server_sent
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate that signs itself, and its key."""
+    """A self-signed certificate and its key."""
     return self_signed(tmp_path)
 
 
@@ -46,7 +46,7 @@ async def test_a_client_with_the_certificate_is_served_and_one_without_is_not(se
 
 @pytest.fixture
 async def mutual(start, pair, tmp_path):
-    """A server that asks clients for a certificate, on gRPC and HTTP, and a pair that is signed as it wants."""
+    """A server that demands client certificates, on gRPC and HTTP, and a certificate and key that it accepts."""
     own = self_signed(tmp_path, "client.example")
     tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "tls_client_ca_file": own[0], "http_port": free_port()}
     async with start(runtime="simulated", simulated_base_ms=1.0, **tls) as running:
@@ -148,7 +148,7 @@ async def test_http_presents_the_certificate_that_is_there(start, pair, tmp_path
         key = pair[1].read_bytes()
         self_signed(tmp_path, NAME)
         new_key = pair[1].read_bytes()
-        pair[1].write_bytes(key)  # half of the pair is not there yet
+        pair[1].write_bytes(key)  # the other half of the pair follows
         assert await presented() == first
         pair[1].write_bytes(new_key)
         assert await presented() == der(pair[0]) != first
@@ -157,20 +157,20 @@ async def test_http_presents_the_certificate_that_is_there(start, pair, tmp_path
 
 
 async def test_the_command_line_asks_by_tls(server, pair):
-    """As a container's health check has to."""
+    """As for a container's health check."""
     assert await health(server.address, "--ca-file", str(pair[0]), "--server-name", NAME) == 0
     assert await health(server.address) == 2
 
 
 async def health(address: str, *arguments: str) -> int:
-    """What `safelight health` exits with."""
+    """The exit status of `safelight health`."""
     command = (sys.executable, "-m", "safelight_server.cli.main", "health", "--target", address, *arguments)
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
     return await process.wait()
 
 
 async def presented(address: str) -> bytes:
-    """The certificate, in PEM, that a new connection is shown."""
+    """The certificate, as PEM, that the server presents to a new connection."""
 
     def ask() -> bytes:
         context = ssl.create_default_context()

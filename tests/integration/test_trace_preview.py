@@ -1,4 +1,4 @@
-"""tools/trace_preview.py: what it counts as passed by a preview, and that this stays as little as it is."""
+"""tools/trace_preview.py: which modules it counts for a preview, and that their number does not grow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def test_a_preview_passes_at_most_twenty_modules() -> None:
     assert on_the_way <= passed
     assert "api/service.py" in passed, "its bytes are followed to where gRPC takes them"
     beside = {call.module for call in trace.calls} - passed
-    assert "generations/output.py" in beside, "which is told of the step's progress"
+    assert "generations/output.py" in beside, "it gets the step's progress"
 
 
 def test_a_call_is_passed_that_takes_returns_or_hands_on_the_preview() -> None:

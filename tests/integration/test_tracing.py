@@ -1,4 +1,4 @@
-"""The spans of whole generations, on the embedded and the simulated runtime, as an exporter gets them."""
+"""The exported spans of whole generations, on the embedded and the simulated runtime."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def request(seed: int = 7, steps: int = 4, **changes: object) -> pb.GenerateRequ
 
 
 class Recorder:
-    """What was exported, and that every span was begun and ended once."""
+    """Keeps exported spans, and checks that every span was started and ended once."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -68,7 +68,7 @@ class Recorder:
         return from_sdk(self._exporter.get_finished_spans())
 
     async def settle(self) -> Spans:
-        """Everything, once nothing is open."""
+        """Waits until no span is open; returns all spans."""
         await eventually(lambda: not self._open)
         assert self.tracing.num_trails == 0
         return self.spans()

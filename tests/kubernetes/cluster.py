@@ -1,8 +1,8 @@
 """A real Kubernetes of two nodes on this machine: etcd, the control plane, two kubelets with containerd and runc, CoreDNS.
 
-It runs in the network, mount and process namespaces of whoever starts it, which are its own with `make
-test-kubernetes`: nothing of it is reached from outside, and all of it ends with them. Both nodes are in one network
-namespace. Pods have a veth pair each and no bridge (CNI's ptp), so that every packet passes the rules of kube-proxy.
+It runs in the network, mount and process namespaces of its parent process, which `make test-kubernetes` makes for it: it
+cannot be reached from outside, and it ends with them. Both nodes are in one network namespace. Each pod has a veth pair
+and no bridge (CNI's ptp), so that every packet passes kube-proxy's rules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = ROOT / ".tools" / "kubernetes"
 HELM = ROOT / ".tools" / "helm"
 HOST = "10.99.0.1"
-"""Where the control plane and what the tests start listen; the first node's address."""
+"""Address of the first node, on which the control plane and programs of the tests listen."""
 DNS = "10.96.0.10"
 NODES = ("n1", "n2")
 TOKEN = "this-cluster-lives-for-minutes"
@@ -35,13 +35,13 @@ KERNEL_SETTINGS = (
     *("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops"),
     *("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"),
 )
-"""What a kubelet sets for the whole machine; that is nothing of a test's."""
+"""Kernel settings that a kubelet would change for the whole machine; tests must not."""
 CGROUPS = Path("/sys/fs/cgroup")
 READY_S = 180.0
 
 
 class ClusterError(Exception):
-    """A part of the cluster has ended or does not get ready; the message has the end of its log."""
+    """A part of the cluster has ended or does not become ready; the message has the end of its log."""
 
 
 def address(node: str) -> str:
@@ -53,7 +53,7 @@ class Cluster:
     """One cluster in an empty folder.
 
     Attributes:
-        kubeconfig: of its administrator.
+        kubeconfig: the administrator's kubeconfig file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Cluster:
         """Starts everything and returns when both nodes are ready.
 
         Raises:
-            ClusterError: a part of it does not come up.
+            ClusterError: a part of the cluster does not start.
         """
         self._prepare_network()
         self._write_files()
@@ -156,7 +156,7 @@ class Cluster:
         self._until("both nodes are ready", self._nodes_are_ready, "kubelet-n1")
 
     def stop(self) -> None:
-        """Ends all processes and removes what is left of the nodes' containers."""
+        """Ends all processes and removes the nodes' containers."""
         with contextlib.suppress(subprocess.SubprocessError):
             self.kubectl("delete", "pods", "--all", "-A", "--force", "--grace-period=0", "--wait=false", timeout_s=20)
         for name in ("kubelet-n1", "kubelet-n2"):
@@ -174,15 +174,15 @@ class Cluster:
                 _remove_cgroups(controller / f"safelight-{node}")
 
     def kubectl(self, *arguments: str, given: str | None = None, timeout_s: float = 120.0) -> str:
-        """What kubectl prints.
+        """Runs kubectl and returns its output.
 
         Raises:
-            CalledProcessError: it says no; the error's `stderr` has the reason.
+            CalledProcessError: kubectl failed; the error's `stderr` has the reason.
         """
         return self._tool(PROGRAMS / "kubectl", arguments, given, timeout_s)
 
     def helm(self, *arguments: str, timeout_s: float = 400.0) -> str:
-        """What helm prints; raises as `kubectl` does."""
+        """Runs helm and returns its output; raises as `kubectl` does."""
         return self._tool(HELM, arguments, None, timeout_s)
 
     def get(self, *arguments: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Cluster:
         self.kubectl("apply", "-f", "-", given=yaml.safe_dump_all(objects))
 
     def import_image(self, archive: Path, name: str) -> str:
-        """Gives both nodes an image out of a docker archive, under NAME@DIGEST; returns its digest."""
+        """Imports an image from a Docker archive on both nodes, as NAME@DIGEST; returns its digest."""
         digest = ""
         for node in NODES:
             self._ctr(node, "images", "import", "--snapshotter=overlayfs", str(archive))
@@ -207,7 +207,7 @@ class Cluster:
         return digest
 
     def kill_container(self, pod: str, namespace: str, container: str) -> None:
-        """Kills the process of a pod's container, as the kernel does that runs out of memory."""
+        """Kills the process of a pod's container, as the kernel does when memory runs out."""
         node = self.get("pod", pod, "-n", namespace)["spec"]["nodeName"]
         wanted = (f'"io.kubernetes.pod.name":"{pod}"', f'"io.kubernetes.container.name":"{container}"')
         for line in self._ctr(node, "tasks", "ls").splitlines()[1:]:
@@ -421,7 +421,7 @@ def _flags(values: dict[str, object]) -> list[str]:
 
 
 def _pack_pause_image(archive: Path) -> None:
-    """Writes the image that holds a pod's namespaces: Debian's catatonit, which does nothing when told to pause."""
+    """Writes the image of the container that holds a pod's namespaces: Debian's catatonit in its pause mode."""
     storage = archive.with_name("pause-storage")
     buildah = [
         "buildah",

@@ -22,12 +22,12 @@ CHART = ROOT / "deploy" / "helm" / "safelight"
 NAMESPACE = "safelight"
 REDIS_PORT = 6379
 SMALL = {"requests": {"cpu": "200m", "memory": "300Mi"}, "limits": {"memory": "1Gi"}}
-"""Two pods, and a third while they are replaced, on a machine of two cores."""
+"""Resources of the pods: two, and a third while they are replaced, must fit two cores."""
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster with nothing in it."""
+    """An empty cluster."""
     assert os.environ.get("SAFELIGHT_TEST_CLUSTER") == "unshared", "run these tests with `make test-kubernetes`"
     made = Cluster(tmp_path_factory.mktemp("k"))
     try:
@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def imported(cluster: Cluster, target: str) -> dict[str, str]:
-    """An image on both nodes: repository and digest, as the chart takes them."""
+    """Imports an image on both nodes; returns its repository and digest, as the chart's values."""
     name = f"localhost/safelight/{target}"
     digest = cluster.import_image(ROOT / "out" / "image" / f"{target}.tar", name)
     return {"repository": name, "digest": digest}
@@ -46,19 +46,19 @@ def imported(cluster: Cluster, target: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def gateway(cluster: Cluster) -> dict[str, str]:
-    """The gateway's image on both nodes: repository and digest, as the chart takes them."""
+    """The gateway's image on both nodes: repository and digest, as the chart's values."""
     return imported(cluster, "gateway")
 
 
 @pytest.fixture(scope="session")
 def triton(cluster: Cluster) -> dict[str, str]:
-    """The same of Triton's image."""
+    """Triton's image on both nodes."""
     return imported(cluster, "triton")
 
 
 @pytest.fixture(scope="session")
 def redis(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a Redis outside of the cluster, as the chart wants it."""
+    """The URL of a Redis outside of the cluster."""
     folder = tmp_path_factory.mktemp("redis")
     options = ["--port", str(REDIS_PORT), "--bind", HOST, "--dir", str(folder), "--save", "", "--protected-mode", "no"]
     with (folder / "log").open("wb") as log:
@@ -69,7 +69,7 @@ def redis(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def values(folder: Path, **changes: Any) -> list[str]:
-    """The arguments by which helm takes these values; they are added to those of the profile."""
+    """helm's arguments for these values, which are added to those of the profile."""
     file = folder / f"values-{len(list(folder.iterdir()))}.json"
     file.write_text(json.dumps(changes))
     return ["--values", str(file)]

@@ -1,7 +1,7 @@
-"""KEDA's operator and metrics server, built of KEDA's own source, and the Prometheus that the scaler asks.
+"""KEDA's operator and metrics server, built from source, and the Prometheus that the scaler queries.
 
 Only the scalers of other systems are left out (tools/keda/without_scalers.py), since they are most of its build.
-They run beside the kubelets and not in pods, since there is no image of them; to the API server they are the same.
+They run as processes beside the kubelets and not in pods, since there is no image of them; the API server does not notice.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def running(name: str, folder: Path, command: list[str], **environment: str) -> 
 
 @contextmanager
 def cluster_names(folder: Path) -> Iterator[None]:
-    """Lets programs beside the kubelets find services by name, as those in pods do."""
+    """Lets programs beside the kubelets resolve services' names, like programs in pods."""
     (folder / "resolv.conf").write_text(f"nameserver {DNS}\nsearch svc.cluster.local\noptions ndots:5\n")
     subprocess.run(["mount", "--bind", folder / "resolv.conf", "/etc/resolv.conf"], check=True)
     try:
@@ -64,7 +64,7 @@ def cluster_names(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
-    """KEDA in a cluster while the block runs: its definitions, its operator, and its metrics server as an API."""
+    """Runs KEDA in a cluster during the block: its definitions, its operator, and its metrics server as an API."""
     for definition in sorted((source() / "config" / "crd" / "bases").glob("*.yaml")):
         cluster.kubectl("apply", "--server-side", "-f", str(definition))
     cluster.kubectl("wait", "--for=condition=Established", "crd/scaledobjects.keda.sh", "--timeout=60s")
@@ -127,7 +127,7 @@ def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
 
 
 def targets(cluster: Cluster, namespace: str) -> list[dict[str, Any]]:
-    """What Prometheus scrapes: the pods of a namespace that have metrics. Debian's cannot ask Kubernetes itself."""
+    """Scrape targets: the pods of a namespace that have metrics. Debian's Prometheus lacks Kubernetes discovery."""
     found = []
     for pod in cluster.get("pods", "-n", namespace)["items"]:
         ports = [port["name"] for each in pod["spec"]["containers"] for port in each.get("ports", ())]
@@ -144,7 +144,7 @@ def scraping(cluster: Cluster, folder: Path, namespace: str) -> Iterator[Prometh
 
     def follow() -> None:
         while not ended.wait(1.0):
-            with contextlib.suppress(subprocess.SubprocessError):  # asked again
+            with contextlib.suppress(subprocess.SubprocessError):  # it is tried again
                 (folder / "targets.new").write_text(json.dumps(targets(cluster, namespace)))
                 (folder / "targets.new").replace(folder / "targets.json")
 

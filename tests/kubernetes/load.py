@@ -1,4 +1,4 @@
-"""Watching clients that go on while something happens to the pods, and compare every picture with an undisturbed one."""
+"""Clients that request pictures while pods are disturbed, and compare every picture with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SEEDS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Access:
-    """What a client needs: who signed the server's certificate, and a key."""
+    """What a client needs: the certificate authority of the server, and an API key."""
 
     certificate: bytes
     api_key: str
 
     def client(self, target: str) -> safelight.Client:
-        """A client of the service at HOST:PORT; patient, because a pod may take a while to start on a busy machine."""
+        """A client of the service at HOST:PORT, with long patience, since a pod may start slowly on a busy machine."""
         credentials = grpc.ssl_channel_credentials(self.certificate)
         return safelight.Client(
             target, api_key=self.api_key, credentials=credentials, server_name="safelight", patience_s=120.0
@@ -35,13 +35,13 @@ class Access:
 
 @dataclass
 class Load:
-    """What clients have seen.
+    """What clients have received.
 
     Attributes:
-        expected: digest of the undisturbed picture by seed.
+        expected: digest of the undisturbed picture, by seed.
         pictures: number of pictures that were equal.
         previews: number of previews.
-        faults: what failed or differed, in words.
+        faults: descriptions of failures and differences.
     """
 
     expected: dict[int, str]
@@ -67,7 +67,7 @@ class Load:
 
 
 async def develop(client: safelight.Client, seed: int) -> tuple[str, int]:
-    """Develops a picture anew; the digest of its pixels, and how many previews came."""
+    """Develops a picture without the cache; returns the digest of its pixels and the number of previews."""
     digest, previews = "", 0
     async for event in client.generate(PROMPT, seed=seed, cache="bypass", media_type="application/x-raw-rgba8"):
         if isinstance(event, safelight.Preview):
@@ -79,7 +79,7 @@ async def develop(client: safelight.Client, seed: int) -> tuple[str, int]:
 
 @asynccontextmanager
 async def under_load(access: Access, target: str, expected: dict[int, str]) -> AsyncIterator[Load]:
-    """Clients watch pictures develop while the block runs; each has a connection of its own and finishes its last one."""
+    """Runs clients during the block, each with a connection of its own; each finishes its last picture."""
     load, ending = Load(expected), asyncio.Event()
     clients = [access.client(target) for _ in SEEDS]
     async with asyncio.TaskGroup() as group:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def pods(cluster: Cluster, release: str = "safelight") -> list[dict[str, Any]]:
-    """The gateway's pods that are not on their way out."""
+    """The gateway's pods that are not terminating."""
     label = f"app.kubernetes.io/name=safelight,app.kubernetes.io/instance={release}"
     found = cluster.get("pods", "-n", NAMESPACE, "-l", label)["items"]
     return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
@@ -33,7 +33,7 @@ def service(cluster: Cluster, name: str = "safelight") -> str:
 
 
 async def all_ready(cluster: Cluster, count: int) -> None:
-    """Waits until so many pods are ready and none is on its way out."""
+    """Waits until exactly `count` pods are ready and none is terminating."""
     while True:
         label = "app.kubernetes.io/name=safelight,app.kubernetes.io/instance=safelight"
         found = (await asyncio.to_thread(cluster.get, "pods", "-n", NAMESPACE, "-l", label))["items"]
@@ -50,7 +50,7 @@ async def all_ready(cluster: Cluster, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster, release: list[str], access: Access) -> dict[int, str]:
-    """The digests of the pictures that nothing disturbs, by seed."""
+    """The digests of undisturbed pictures, by seed."""
 
     async def ask() -> dict[int, str]:
         async with access.client(service(cluster)) as client:
@@ -74,7 +74,7 @@ def test_pods_are_spread_and_have_no_token(cluster, release):
 
 
 def test_pod_security_restricted_is_enforced(cluster, release):
-    """The chart's pods are there, so they comply; one that does not is refused."""
+    """The chart's pods exist, so they comply; a pod that does not comply is refused."""
     with pytest.raises(subprocess.CalledProcessError) as refused:
         cluster.kubectl("run", "root", "-n", NAMESPACE, "--image=localhost/x:1", "--restart=Never")
     assert "violates PodSecurity" in refused.value.stderr
@@ -170,7 +170,7 @@ async def test_a_killed_pod_loses_no_generation_and_no_bit(cluster, release, acc
 
 
 async def test_the_budget_keeps_the_second_pod(cluster, release):
-    """While one pod is being evicted the other one may not be."""
+    """While one pod is being evicted, the other one may not be."""
     refused = []
     for pod in pods(cluster):
         name = pod["metadata"]["name"]

@@ -1,4 +1,4 @@
-"""KEDA scales pods by what `safelight scaler` says: up with the load, to zero, and back for a call that is held."""
+"""KEDA scales pods as `safelight scaler` computes: up under load, to zero, and back for a held call."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LITTLE = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "51
 
 
 def replicas(cluster: Cluster) -> tuple[int, int]:
-    """How many replicas are wanted, and how many are ready."""
+    """The numbers of wanted and of ready replicas."""
     deployment = cluster.get("deployment", "safelight", "-n", NAMESPACE)
     return deployment["spec"]["replicas"], deployment["status"].get("readyReplicas", 0)
 
 
 async def until(cluster: Cluster, what: str, wanted: range) -> None:
-    """Waits until so many replicas are wanted and ready, and no other pod of them is there."""
+    """Waits until the number of replicas that are wanted and ready is in the range, and no other pod exists."""
     seen: list[tuple[int, int]] = []
     label = "app.kubernetes.io/name=safelight,app.kubernetes.io/instance=safelight"
     end = asyncio.get_running_loop().time() + WAIT_S
@@ -58,7 +58,7 @@ def fleet(cluster, gateway, redis, tmp_path_factory) -> Iterator[tuple[Access, s
         scaling = {
             "prometheus": server.url,
             "maxReplicas": 3,
-            "utilization": 0.05,  # a replica is enough for the clients here; so they need several
+            "utilization": 0.05,  # so low that the test's few clients need several replicas
             "pollingSeconds": 5,
             "cooldownSeconds": 15,
             "scaler": {"image": imported(cluster, "scaler"), "replicas": 1, "resources": LITTLE},

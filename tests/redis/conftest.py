@@ -1,4 +1,4 @@
-"""A real redis-server and a real S3 server for each test that asks."""
+"""Fixtures: a real redis-server and a real S3 server."""
 
 from __future__ import annotations
 

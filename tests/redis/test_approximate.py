@@ -1,4 +1,4 @@
-"""Two replicas with the real model: what one made is similar enough for the other, and begins its latents; tenants apart."""
+"""Similar pictures and latents of two replicas with the real model: shared between replicas, not between tenants."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 class Studio:
-    """Two replicas, and the keys of tenants: each test has its own."""
+    """Two replicas and the keys of tenants; each test uses tenants of its own."""
 
     def __init__(self, both: list[Server], keys: dict[str, str]) -> None:
         self.one, self.other = both
@@ -44,11 +44,11 @@ class Studio:
     async def ask(
         self, server: Server, who: str, prompt: str, seed: int, policy: pb.CachePolicy
     ) -> list[pb.GenerationEvent]:
-        """A generation of 10 steps."""
+        """Requests a generation of 10 steps."""
         return await self.send(server, who, ask(prompt, seed, policy))
 
     async def send(self, server: Server, who: str, message: pb.GenerateRequest) -> list[pb.GenerationEvent]:
-        """Everything that it leaves behind is kept when this returns."""
+        """Sends a request, and returns when all its results are stored in the caches."""
         metadata = (("authorization", f"Bearer {self._keys[who]}"),)
         events = await collect(server.stub.Generate(message, metadata=metadata))
         await kept(server.running)
@@ -56,9 +56,9 @@ class Studio:
         return events
 
     async def look_up(self, server: Server, who: str) -> None:
-        """Makes a replica look up what latents there are, as it does when a tenant first comes.
+        """Makes a replica load the index of latents, as at a tenant's first request.
 
-        By a request whose own latents begin no other here: it has fewer steps.
+        The request has fewer steps, so that its own latents serve no other request.
         """
         message = ask("a star", 1, LATENT)
         message.spec.num_inference_steps = 4
@@ -66,12 +66,12 @@ class Studio:
         await server.running.cache._warm_starts.rebuilt()
 
     async def disposition(self, server: Server, who: str, prompt: str, seed: int, policy: pb.CachePolicy) -> str:
-        """Of a generation of 10 steps."""
+        """The disposition of a generation of 10 steps."""
         found = result(await self.ask(server, who, prompt, seed, policy)).disposition
         return str(R.Disposition.Name(found)).removeprefix("DISPOSITION_")
 
     async def purge(self, server: Server, **what: str) -> cache_pb2.PurgeCacheResponse:
-        """By an administrator of one replica."""
+        """Purges at one replica, as an administrator."""
         metadata = (("authorization", f"Bearer {self._keys['admin']}"),)
         async with grpc.aio.insecure_channel(server.running.address) as channel:
             caches = cache_pb2_grpc.CacheServiceStub(channel)
@@ -79,13 +79,13 @@ class Studio:
 
 
 def tiers(server: Server) -> Tiers:
-    """All of them."""
+    """The tiers of a server."""
     found: Tiers = server.running.generations.ownership.owners._context.tiers
     return found
 
 
 async def num_left(server: Server, generation: str) -> int:
-    """What a replica itself still has of a generation: entries in its memory, and latents to start from."""
+    """Number of entries in memory and latents that a replica still has of a generation."""
     tag = server.running.generations.ownership.owners._context.keyring.tag("generation", generation)
     memory = tiers(server).tiers[0].store
     headers = [parse_header(await memory.head(key) or b"") async for key in memory.keys("")]
@@ -95,7 +95,7 @@ async def num_left(server: Server, generation: str) -> int:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def studio(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Studio]:
-    """One for all tests: two real models take a while to be measured."""
+    """Shared by all tests, since two real models take long to be measured at start."""
     folder = tmp_path_factory.mktemp("studio")
     made = {name: new_key(name, name, admin=name == "admin") for name in (*TENANTS, "admin")}
     keys = folder / "api.json"
@@ -151,7 +151,7 @@ async def test_tenants_are_apart_on_all_replicas(studio: Studio) -> None:
 
 @pytest.mark.parametrize("by", PURGES)
 async def test_what_is_purged_on_one_replica_is_gone_on_the_other(studio: Studio, by: str) -> None:
-    """It had a copy in its memory, and latents in its index; another tenant keeps its own."""
+    """The other replica had a copy in memory and latents in its index. Another tenant's entries stay."""
     events = await studio.ask(studio.one, by, RED, 1, EXACT)
     name = events[0].generation
     await studio.ask(studio.one, "keeps", RED, 1, EXACT)

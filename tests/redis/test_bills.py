@@ -1,4 +1,4 @@
-"""`safelight bills`: what two tenants are billed, as the replicas' Redis has it."""
+"""`safelight bills` lists the bills of two tenants from the replicas' Redis."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AT_MS = 1_767_225_600_000
 
 @dataclass
 class Ran:
-    """What a command left."""
+    """The outcome of a command."""
 
     code: int
     out: str
@@ -55,7 +55,7 @@ def command(redis_server, tmp_path, monkeypatch, capfd) -> Command:
     given = {"SAFELIGHT_REDIS_URL": redis_server.url, "SAFELIGHT_CACHE_KEY_FILE": key_file(tmp_path), "COLUMNS": 120}
     for name, value in given.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(commands, "configure_logging", lambda *_: None)  # the logs of the other tests are not its own
+    monkeypatch.setattr(commands, "configure_logging", lambda *_: None)  # it must not change the logging of other tests
 
     def run(*arguments: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["safelight", "bills", *arguments])
@@ -68,7 +68,7 @@ def command(redis_server, tmp_path, monkeypatch, capfd) -> Command:
 
 
 class Stream:
-    """Writes bills at times of its own choice."""
+    """Writes bills with chosen times."""
 
     def __init__(self, server: RedisServer, keys: Path) -> None:
         self.client = redis.Redis.from_url(server.url)

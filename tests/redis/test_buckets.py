@@ -1,4 +1,4 @@
-"""LSH buckets in a real Redis: what one replica adds another finds."""
+"""LSH buckets in a real Redis: a replica finds what another one has added."""
 
 from __future__ import annotations
 

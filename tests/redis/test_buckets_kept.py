@@ -1,4 +1,4 @@
-"""LSH buckets in a real Redis, over a long time: what has expired makes room, and purges are done or said not to be."""
+"""LSH buckets in a real Redis over a long time: expired items are removed, and purges succeed or report failure."""
 
 from __future__ import annotations
 

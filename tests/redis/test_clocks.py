@@ -24,13 +24,13 @@ from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, until_step
 
 SKEW_S = 400.0
-"""More than a message is kept for, and than a generation without a result may be asked for."""
+"""Seconds; longer than messages are kept, and than a generation without a result can be queried."""
 STEPS = 30
 
 
 @contextlib.asynccontextmanager
 async def server(redis_server: RedisServer, folder: Path, skew_s: float, **settings: object) -> AsyncIterator[Server]:
-    """One whose machine's clock is ahead."""
+    """A server whose machine's clock is ahead."""
     given = server_settings(redis_server.url, folder) | {"result_ttl_s": 300} | settings
     async with (
         serving_here(wall=lambda: time.time() + skew_s, **given) as running,
@@ -71,7 +71,7 @@ async def test_what_is_cancelled_elsewhere_ends(pair: tuple[Server, Server]) -> 
 
 
 async def test_a_deadline_stays_where_it_was(pair: tuple[Server, Server]) -> None:
-    """What is left of 100 s is less at once, or far more, by the clock of the machine that takes over."""
+    """By the clock of the machine that takes over, the deadline of 100 s would have passed, or be far away."""
     for one, other in (pair, pair[::-1]):
         call = one.stub.Generate(request(3, 500, cache=BYPASS), timeout=100.0)
         name = (await until_step(call, 2))[0].generation

@@ -1,4 +1,4 @@
-"""Coordination through a real Redis, between replicas and through its faults."""
+"""Coordination through a real Redis, between replicas and with faults of Redis."""
 
 import asyncio
 import os
@@ -57,7 +57,7 @@ async def test_many_names_share_one_reader(redis_server: RedisServer, replicas: 
 async def test_who_comes_during_a_read_of_others_misses_nothing(
     redis_server: RedisServer, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The read that is waiting began where others are; what it brings must wait for what came before."""
+    """The waiting read began at the position of others; its events must come after the earlier ones."""
     monkeypatch.setattr("safelight_server.coordination.redis.BLOCK_S", 5.0)
     one, other = replicas(redis_server.url), replicas(redis_server.url)
     lease = await one.acquire("x", "a", TTL_S)
@@ -208,7 +208,7 @@ async def test_who_follows_waits_through_a_restart(redis_server: RedisServer, re
 async def test_a_hundred_executions_on_two_replicas_while_redis_dies(
     redis_server: RedisServer, replicas: Replicas
 ) -> None:
-    """Each is computed at least once; each is committed and billed exactly once."""
+    """Each execution is computed at least once, and committed and billed exactly once."""
     redis_server.kill()
     redis_server._options = ("--appendonly", "yes", "--appendfsync", "always")
     redis_server.start()
@@ -291,7 +291,7 @@ def process(redis_server: RedisServer) -> Iterator[Process]:
 
 
 async def take_over(coordinator: RedisCoordinator) -> tuple[Leadership, list[bytes]]:
-    """Follows until the leader is lost, then leads; what was seen before."""
+    """Follows until the leader is lost, then leads; returns the events seen before."""
     seen = []
     with pytest.raises(LeaderLostError):
         async for event in coordinator.follow("x"):

@@ -1,4 +1,4 @@
-"""What was given up under load is in the record: a replica that takes over develops just that."""
+"""Degradations are part of a generation's record, so a replica that takes over develops the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AlwaysOn:
     """Pressure on every class."""
 
     def update(self, left_s: object, num_instances: int) -> None:
-        """Nothing ends it."""
+        """Does nothing, so that the pressure never ends."""
 
     def on(self, priority: Priority) -> bool:
         return True

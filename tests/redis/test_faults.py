@@ -25,7 +25,7 @@ FAILURES = 3
 
 
 class Replica:
-    """Memory and Redis behind a breaker."""
+    """A replica's tiers: memory, and Redis behind a circuit breaker."""
 
     def __init__(self, connection: RedisConnection, sealer: Sealer, open_s: float) -> None:
         self.numbers = Numbers()
@@ -40,7 +40,7 @@ class Replica:
         return None if found is None else (found.entry.data, found.tier)
 
     async def reaches_redis(self) -> bool:
-        """Whether Redis serves, asked with a key that memory does not have."""
+        """Whether Redis answers, tried with a key that memory does not have."""
         return await self.tiers.put(key(999), Entry(b"x"), TTL_S, replicate=True)
 
 

@@ -1,4 +1,4 @@
-"""The real model on two replicas, either of which is killed: no picture is lost, doubled, or different by a bit."""
+"""The real model on two replicas, either of which is killed: no picture is lost, billed twice, or differs by a bit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.support.replicas import Replica, Resuming, billed_by_seed, collect, p
 
 PROMPTS = ("a red potion on a dark background", "a blue sword on a white background", "a green shield")
 SAMPLERS = ("dpmpp_2m", "euler_ancestral")
-"""One needs the step before, one has noise in every step: what goes on elsewhere must have both."""
+"""One sampler uses the previous step, one has noise in every step: a replica that takes over must restore both."""
 NUM = 9
 SEEDS = 6
 """Fewer than generations, so that some share executions."""
 
 
 def message(seed: int) -> pb.GenerateRequest:
-    """Of different lengths, so that they end at different times; some from a picture, some of these with a mask."""
+    """Requests have different numbers of steps, so that they end at different times; some have an init image, some a mask."""
     spec = pb.GenerationSpec(prompt=PROMPTS[seed % 3], num_inference_steps=8 + 4 * (seed % SEEDS))
     spec.sampler.name = SAMPLERS[seed % 2]
     spec.outputs.add(seed=seed)
@@ -36,7 +36,7 @@ def message(seed: int) -> pb.GenerateRequest:
 
 
 async def disturbed(both: list[Replica], victim: Replica, seeds: range) -> list[Resuming]:
-    """Generations on both replicas, of which one is killed when the first picture is there."""
+    """Runs generations on both replicas; one replica is killed when the first picture is finished."""
     clients = []
     for number in range(NUM):
         asked = message(seeds[number % SEEDS])

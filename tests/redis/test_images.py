@@ -1,4 +1,4 @@
-"""Pictures at several replicas: uploaded at one and used at the other, or no longer there when it takes over."""
+"""Uploaded pictures with several replicas: used at another replica, or expired when it takes over."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def send(server: Server) -> None:
 
 
 async def lose(server: Server) -> None:
-    """As if its time was over, at every replica."""
+    """Removes the picture, as if it had expired at every replica."""
     at, digest = images(server), name_of(PHOTO).removeprefix("images/")
     assert await at._tiers.delete(at._key("default", digest))
 
@@ -70,7 +70,7 @@ async def test_what_is_taken_over_without_its_picture_fails(redis_server: RedisS
         await send(one)
         watch = await let_go(one, painted(3))
         await lose(one)
-        for server in (other, one):  # who shows it says the same
+        for server in (other, one):  # the replica that mirrors it reports the same
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await collect(server.stub.WatchGeneration(watch))
             assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND")
@@ -79,7 +79,7 @@ async def test_what_is_taken_over_without_its_picture_fails(redis_server: RedisS
 async def test_an_output_of_one_replica_is_a_picture_to_start_from_at_the_other(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    """It becomes a picture of the tenant, which whoever goes on with the generation reads."""
+    """It is stored as a picture of the tenant, which a replica that takes over reads."""
     async with servers(redis_server.url, tmp_path) as (one, other):
         first = await collect(one.stub.Generate(request(4, STEPS, cache=BYPASS)))
         message = request(5, STEPS, cache=BYPASS)

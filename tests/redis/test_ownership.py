@@ -1,4 +1,4 @@
-"""Two servers of this process on one Redis: owners, what has no name in common, and a Redis that fails in mid-work."""
+"""Ownership with two servers in this process on one Redis: owners, separate tenants, and failures of Redis."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 30
 
 
 class Server:
-    """One of them."""
+    """One of the two servers."""
 
     def __init__(self, running: Running, channel: grpc.aio.Channel) -> None:
         self.running = running

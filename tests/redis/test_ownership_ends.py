@@ -1,4 +1,4 @@
-"""Generations that moved to another replica end there as they would have at their first owner's."""
+"""Generations that have moved to another replica end there as at their first owner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.replicas import collect, sequences, until_step
 
 
 async def moved(one: Server, other: Server, message: pb.GenerateRequest) -> tuple[Generation, grpc.aio.UnaryStreamCall]:
-    """A generation that `one` accepted and `other` owns; with the stream that it followed."""
+    """Makes a generation that `one` accepted and `other` owns; returns it with the stream that made it move."""
     call = one.stub.Generate(message)
     name = (await until_step(call, 2))[0].generation
     call.cancel()
@@ -104,7 +104,7 @@ async def test_a_drained_replica_develops_nothing_that_it_has_shown_for_another(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with servers(redis_server.url, tmp_path) as (one, other):
-        one.running.generations.ownership.bulletin._handlers.pop(WANT)  # its owner keeps it
+        one.running.generations.ownership.bulletin._handlers.pop(WANT)  # so that its owner does not hand it over
         call = one.stub.Generate(request(5, 1000, cache=BYPASS))
         name = (await until_step(call, 2))[0].generation
         call.cancel()
@@ -126,7 +126,7 @@ async def test_a_cancel_is_answered_though_its_caller_looks_no_more(redis_server
         await until_step(watching, 4)
         bulletin = one.running.generations.ownership.bulletin
         heard, hear = asyncio.Event(), bulletin._handlers[CANCEL]
-        bulletin.subscribe(CANCEL, lambda *_bulletin: heard.set())  # it takes a while
+        bulletin.subscribe(CANCEL, lambda *_bulletin: heard.set())  # notification takes a while
         cancelling = other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
         await heard.wait()
         watching.cancel()

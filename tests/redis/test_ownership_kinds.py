@@ -1,4 +1,4 @@
-"""Replicas of other kinds: with another model they leave a generation to others; with other numerics they say so."""
+"""Replicas that differ: one with another model does not take over; one with other numerics reports that."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DIFFERENCES = ("weights", "no model")
 
 
 def make_other(server: Server, difference: str) -> None:
-    """As if another release was deployed there."""
+    """Changes a server as if another release were deployed there."""
     catalog = server.running.generations._catalog
     get = catalog.get
 
@@ -45,7 +45,7 @@ def make_other(server: Server, difference: str) -> None:
 
 
 def with_other_numerics(server: Server) -> None:
-    """As if its processor was another."""
+    """Changes a server as if it ran on another CPU."""
     server.running.runtime.numerics_id = lambda _model: "others"
 
 

@@ -1,4 +1,4 @@
-"""The registry of generations that someone should own: what is in it, and who may remove it."""
+"""The registry of generations that need an owner: its entries, and which replica may remove them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_who_was_silent_while_it_was_struck_off_promises_nothing(
         leader = await Leadership.take(one.coordinator, NAME, 60.0)
         assert leader is not None
         await one.coordinator.register(NAME)
-        assert await one.coordinator.release(leader.lease)  # as if it had been silent for too long
+        assert await one.coordinator.release(leader.lease)  # as if the owner had been silent for too long
         await one.running.generations.ownership.mirrors._rescue(NAME)
         assert await one.coordinator.unowned() == []
         assert not await leader.publish(b"its record"), "else nobody would ever take it over"
@@ -47,4 +47,4 @@ async def test_who_was_silent_while_it_was_struck_off_promises_nothing(
 async def test_a_drained_replica_takes_over_nothing(redis_server: RedisServer, tmp_path: Path) -> None:
     async with servers(redis_server.url, tmp_path, count=1) as (one,):
         await one.running.drain(0.0)
-        await one.running.generations.ownership.mirrors.sweep()  # ends
+        await one.running.generations.ownership.mirrors.sweep()  # ends the mirror

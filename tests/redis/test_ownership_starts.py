@@ -1,4 +1,4 @@
-"""Outputs that began from a latent move to another replica: from that latent, or saying that it is gone."""
+"""Outputs that start from a latent move to another replica: it uses that latent, or reports that it is gone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def other_prompt(seed: int) -> pb.GenerateRequest:
 
 
 async def branch(server: Server) -> pb.GenerateRequest:
-    """Of a generation that is there."""
+    """A request that branches from a finished generation."""
     source = await collect(server.stub.Generate(request(1, STEPS)))
     await eventually(lambda: not server.running.generations.ownership.owners._ending)
     message = other_prompt(2)
@@ -42,7 +42,7 @@ async def branch(server: Server) -> pb.GenerateRequest:
 
 
 async def let_go(server: Server, message: pb.GenerateRequest) -> pb.WatchGenerationRequest:
-    """What watches a generation that waits for a stream."""
+    """Starts a generation and leaves it suspended; returns the request that watches it."""
     call = server.stub.Generate(message)
     name = (await until_step(call, BRANCHED_AT + 3))[0].generation
     call.cancel()
@@ -56,7 +56,7 @@ def tiers(server: Server) -> Tiers:
 
 
 async def lose_starts(server: Server) -> None:
-    """As a full Redis does."""
+    """Deletes the kept latents, as a full Redis may."""
     starts = [key for key in await tiers(server).keys("", 10_000) if "/start/" in key]
     assert starts
     for key in starts:

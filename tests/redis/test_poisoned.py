@@ -1,4 +1,4 @@
-"""What no server has written into Redis: it is passed over or struck off, and whatever lies beside it is handled."""
+"""Foreign data in Redis is skipped or removed, and valid data beside it is handled."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_an_odd_name_is_struck_off_the_registry(
 
 
 async def test_a_key_of_another_kind_is_no_outage(redis_server: RedisServer, replicas: Replicas, redis: Redis) -> None:
-    """Else three of them in a row would let the breaker leave Redis alone, for all generations."""
+    """Otherwise three such errors in a row would open the circuit breaker of Redis, for all generations."""
     coordinator = replicas(redis_server.url)
     for kind in ("lease", "result", "events", "token", "claim"):
         await redis.rpush(f"{PREFIX}{kind}:odd", "x")
@@ -142,7 +142,7 @@ async def test_odd_keys_of_the_cache_are_passed_over(
 
 
 async def odd_generations(redis: Redis) -> None:
-    """Registers what the sweep cannot do anything with, and what kills it where it is not careful."""
+    """Registers entries that the sweep cannot use, and entries that would crash a careless sweep."""
     await redis.sadd(REGISTRY, ODD, "no such generation", "no stream", "of another kind")
     await redis.set(f"{PREFIX}events:no stream", "x")
     await redis.rpush(f"{PREFIX}lease:of another kind", "x")

@@ -1,4 +1,4 @@
-"""What replicas keep of generations beside what the caches find: purged like it, and not longer than it is needed."""
+"""Entries that replicas keep of generations beside the caches' are purged like these, and not kept longer than needed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.replicas import collect, picture, until_step
 
 
 async def purge(server: Server, **what: str) -> cache_pb2.PurgeCacheResponse:
-    """By an administrator."""
+    """Purges as an administrator."""
     async with grpc.aio.insecure_channel(server.running.address) as channel:
         return await cache_pb2_grpc.CacheServiceStub(channel).PurgeCache(cache_pb2.PurgeCacheRequest(**what))
 
 
 async def kept_s(server: Server) -> dict[str, set[int]]:
-    """For how long entries are kept in some tier, by their kind, when all that was to be written is."""
+    """The times to live of entries in the tiers, by kind, after all writes have ended."""
     running = server.running
     leased_runners, owners = running.generations._planner._leased_runners, running.generations.ownership.owners
     await eventually(lambda: not leased_runners._tasks and not owners._ending and not running.cache._writes)
@@ -41,7 +41,7 @@ async def kept_s(server: Server) -> dict[str, set[int]]:
 
 
 async def branched(server: Server) -> pb.GenerateRequest:
-    """A request that begins from a latent of another's."""
+    """A request that starts from a latent of another generation."""
     events = await collect(server.stub.Generate(request(1, 10)))
     await kept_s(server)
     return request(3, 10, branch=pb.Branch(generation=events[0].generation, step=4))

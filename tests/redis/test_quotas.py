@@ -1,4 +1,4 @@
-"""Quotas in Redis: replicas share one bucket, Redis' own time counts, and without Redis each replica goes on alone."""
+"""Quotas in Redis: replicas share a bucket by Redis' clock, and without Redis each replica uses its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.unit.test_token_buckets import Clock, one
 
 Connect = Callable[..., RedisConnection]
 SLOW = 1e-6
-"""Tokens a second that do not matter while a test lasts."""
+"""A refill rate that is too slow to matter during a test."""
 
 
 def shared(connection: RedisConnection) -> SharedTokenBuckets:
@@ -118,7 +118,7 @@ async def test_two_replicas_share_one_bucket_and_go_on_alone_without_redis(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     limits = {"requests": {"per_s": SLOW, "burst": 5}, "compute_s": {"per_s": SLOW, "burst": 1000}}
-    (tmp_path / "quotas.json").write_text(json.dumps({"default": limits}))  # a few bytes
+    (tmp_path / "quotas.json").write_text(json.dumps({"default": limits}))  # so small that blocking does not matter
     async with replicas(redis_server.url, tmp_path, quota_file=tmp_path / "quotas.json") as both:
         one, other = both
         usages = []

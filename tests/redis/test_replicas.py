@@ -1,4 +1,4 @@
-"""Two replicas on one Redis: one computes what both are asked for, and goes on when the other is killed."""
+"""Two replicas on one Redis: one computes what both need, and continues when the other is killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 30
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair(tmp_path_factory):
-    """Two replicas for all tests here; each test has seeds of its own, and starts again what it killed."""
+    """Two replicas for all tests of this module; each test uses its own seeds, and restarts a replica that it killed."""
     folder = tmp_path_factory.mktemp("replicas")
     server = RedisServer(folder)
     server.start()
@@ -71,7 +71,7 @@ async def test_identical_requests_on_both_compute_once(pair) -> None:
 
 
 async def test_who_follows_has_previews_of_its_own_encoding_size_and_cadence(pair) -> None:
-    """They are decoded where they are watched."""
+    """A follower decodes previews itself."""
     (one, other), _, _ = pair
     policies = [
         pb.PreviewPolicy(accept=[pb.PixelEncoding(media_type=kind)], max_edge_px=edge, every_n_steps=every, method=TINY)

@@ -1,4 +1,4 @@
-"""A Redis that is slow while generations run: they go on, it is left alone, and what it does late counts once."""
+"""A slow Redis during generations: they continue, its breaker opens, and late writes count only once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMEOUT_S = 1.0
 
 @pytest.fixture
 async def relay(redis_server: RedisServer) -> AsyncIterator[Relay]:
-    """In front of Redis, for all replicas."""
+    """A relay between Redis and all replicas."""
     made = await Relay.start(redis_server.address)
     yield made
     made.cut()
@@ -35,7 +35,7 @@ async def relay(redis_server: RedisServer) -> AsyncIterator[Relay]:
 
 @contextmanager
 def slow(relay: Relay, delay_s: float) -> Iterator[None]:
-    """As slow as that, and no longer where a test fails: its servers must end."""
+    """Delays Redis during the block, also if the test fails, so that its servers can end."""
     relay.delay_s = delay_s
     try:
         yield
@@ -53,7 +53,7 @@ async def undisturbed(server: Server, seeds: range) -> list[bytes]:
 
 
 async def test_generations_go_on_and_redis_is_left_alone(relay: Relay, tmp_path: Path) -> None:
-    """After the first calls without an answer nothing more is asked: no event waits for it."""
+    """After the first calls without an answer Redis is not called any more, so that no event waits for it."""
     settings = {"redis_timeout_ms": int(TIMEOUT_S * 1000), "breaker_open_s": 600}
     async with servers(f"redis://{relay.address}/0", tmp_path, **settings) as both:
         expected = await undisturbed(both[0], range(4))
@@ -76,7 +76,7 @@ async def test_generations_go_on_and_redis_is_left_alone(relay: Relay, tmp_path:
         said = [line["event"] for line in lines if line["log_level"] == "warning" and "service" in line]
         assert len(said) == 2, "one line a replica"
         for server in both:
-            breaker_of(server)._open_s = 0.0  # it is asked again, and closing need not wait for it
+            breaker_of(server)._open_s = 0.0  # so that it is tried again, and closing does not wait
         await eventually(lambda: all(breaker_of(server).state is BreakerState.CLOSED for server in both))
 
 
@@ -96,7 +96,7 @@ async def test_what_is_slow_and_answers_in_time_costs_nothing_else(relay: Relay,
 
 
 async def test_a_redis_that_hangs_longer_than_a_lease_and_comes_back(redis_server: RedisServer, tmp_path: Path) -> None:
-    """Meanwhile leaders and those who followed them compute the same; one of them is billed."""
+    """Meanwhile leaders and their former followers compute the same; only one of them is billed."""
     steps = 200
     async with servers(redis_server.url, tmp_path, redis_timeout_ms=int(TIMEOUT_S * 1000)) as both:
         calls = [server.stub.Generate(request(n, steps)) for n in range(3) for server in both]
@@ -129,7 +129,7 @@ async def test_a_redis_that_hangs_longer_than_a_lease_and_comes_back(redis_serve
 
 
 async def test_what_was_written_too_late_is_neither_billed_nor_told_twice(relay: Relay, tmp_path: Path) -> None:
-    """Writes arrive after they were given up and are tried again meanwhile."""
+    """Writes arrive after their time limit, while they are tried again."""
     settings = {"redis_timeout_ms": int(TIMEOUT_S * 1000), "breaker_open_s": 0.1}
     async with servers(f"redis://{relay.address}/0", tmp_path, **settings) as (one, other):
         expected = await undisturbed(one, range(3))
@@ -149,7 +149,7 @@ async def test_what_was_written_too_late_is_neither_billed_nor_told_twice(relay:
         async def settled() -> bool:
             try:
                 return len(await billed()) >= len(names) and await other.coordinator.unowned() == []
-            except StoreError:  # it was left alone just now
+            except StoreError:  # the breaker was open just now
                 return False
 
         await until(settled)

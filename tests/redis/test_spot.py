@@ -1,4 +1,4 @@
-"""A spot instance that is taken away: its replica drains in time, and another goes on with all that it had."""
+"""The end of a spot instance: its replica drains in time, and another one continues all its generations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.support.redis_server import RedisServer
 from tests.support.replicas import Replica, Resuming, billed_by_seed, collect, key_file, picture
 
 STEPS = 240
-"""More than seven seconds: the notice is looked for every five."""
+"""Steps that take more than seven seconds, since the notice is polled every five."""
 SEEDS = (1, 2, 3)
 STATUS = health_pb2.HealthCheckResponse
 
 
 async def statuses(replica: Replica) -> list[int]:
-    """What health says until its stream ends."""
+    """The statuses of a health watch until its stream ends."""
     seen = []
     watch = health_pb2_grpc.HealthStub(replica.open()).Watch(health_pb2.HealthCheckRequest())
     with pytest.raises(grpc.aio.AioRpcError):
@@ -44,7 +44,7 @@ async def test_nothing_is_lost_when_a_spot_instance_goes(redis_server: RedisServ
             await asyncio.gather(*(replica.start() for replica in both))
             await eventually(lambda: service.num_asked(HTTPStatus.NOT_FOUND) >= 1)
             health = asyncio.create_task(statuses(doomed))
-            clients = [Resuming(both, 1, request(seed, STEPS)) for seed in SEEDS]  # each begins at the doomed one
+            clients = [Resuming(both, 1, request(seed, STEPS)) for seed in SEEDS]  # each starts at the first one
             alone = asyncio.create_task(collect(other.stub.Generate(request(SEEDS[0], STEPS, cache=BYPASS))))
             running = [asyncio.create_task(client.run()) for client in clients]
             await eventually(lambda: all(client.sequence for client in clients))

@@ -77,7 +77,7 @@ async def test_a_bucket_that_is_not_there(s3_server: str) -> None:
 
 
 async def test_a_call_can_be_cancelled_anywhere(redis_server: RedisServer, connect: Connect) -> None:
-    """A lost cancellation would be a timeout that does not end the call."""
+    """If a cancellation were lost, a timeout would not end the call."""
     for turns in range(30):
         store = RedisStore(connect(redis_server.url))
 

@@ -1,6 +1,6 @@
-"""Many generations on two replicas that are killed in between: none lost, none billed twice, all bit-identical.
+"""Many generations on two replicas that are killed meanwhile: none is lost or billed twice, all are bit-identical.
 
-`SAFELIGHT_STORM` says how many (default 120; a thousand for a run in full).
+`SAFELIGHT_STORM` sets their number (default 120; a full run has a thousand).
 """
 
 from __future__ import annotations

@@ -11,19 +11,19 @@ import numpy as np
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 TARGETS = (("down.attn1.to_q", 4, 6), ("down.attn1.to_out.0", 6, 4))
-"""Layers with their inputs and outputs, as those of a small denoiser."""
+"""Layers of a small denoiser, with the sizes of their inputs and outputs."""
 ROOM: dict[str, Any] = {
     "max_rank": 6,
     "targets": [{"name": name, "inputs": inputs, "outputs": outputs} for name, inputs, outputs in TARGETS],
 }
-"""`adapters` of a manifest."""
+"""The entry `adapters` of a manifest."""
 TYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
 
 
 def safetensors(
     arrays: Arrays, metadata: Mapping[str, str] | None = None, types: Mapping[str, str] | None = None
 ) -> bytes:
-    """A file's bytes; `types` replaces the type that is said of an array."""
+    """The bytes of a safetensors file; `types` replaces the declared type of an array."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     body = b""
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Certificates that sign themselves, for tests of TLS."""
+"""Self-signed certificates, for tests of TLS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "safelight.example"
 
 
 def new_pair(name: str = NAME, days: int = 1) -> tuple[bytes, bytes]:
-    """A certificate of this name that is valid for so many days, and its key, both in PEM."""
+    """Makes a certificate of this name that is valid for `days`, and its key, both in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -28,7 +28,7 @@ def new_pair(name: str = NAME, days: int = 1) -> tuple[bytes, bytes]:
 
 
 def self_signed(folder: Path, name: str = NAME) -> tuple[Path, Path]:
-    """Writes a certificate of this name and its key into `folder`; their files."""
+    """Writes a certificate of this name and its key into `folder`; returns their paths."""
     files = folder / f"{name}.pem", folder / f"{name}.key"
     for file, pem in zip(files, new_pair(name), strict=True):
         file.write_bytes(pem)

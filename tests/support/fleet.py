@@ -10,10 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "deploy" / "terraform"
 PLUGINS = "SAFELIGHT_TERRAFORM_PLUGINS"
-"""Environment variable: folder of providers, as `terraform providers mirror` writes it."""
+"""Environment variable that names a folder of providers, as `terraform providers mirror` writes it."""
 NO_PROVIDER = ("could not connect to", "Failed to query available provider packages", "Failed to install provider")
 
-# moto has one address for all services and no metadata service. What it lacks the variables below leave out.
+# moto has one address for all services and no metadata service. The variables below leave out what it lacks.
 OVERRIDE = """
 terraform {
   backend "local" {}
@@ -38,14 +38,14 @@ redis_node_type    = ""
 
 
 class NoProviderError(Exception):
-    """Terraform has no provider for AWS here."""
+    """Terraform cannot get its provider for AWS."""
 
 
 class Fleet:
     """A copy of the root module in a folder of its own.
 
     Attributes:
-        environment: with which terraform and boto3 reach moto.
+        environment: environment variables with which terraform and boto3 use moto.
         folder: the root module.
     """
 
@@ -70,13 +70,13 @@ class Fleet:
         )
 
     def succeed(self, *arguments: str) -> str:
-        """Runs terraform; its output. It must succeed."""
+        """Runs terraform, which must succeed, and returns its output."""
         ran = self.terraform(*arguments)
         assert ran.returncode == 0, f"terraform {' '.join(arguments)}\n{ran.stdout[-8000:]}\n{ran.stderr[-8000:]}"
         return ran.stdout
 
     def init(self, *arguments: str) -> None:
-        """Raises NoProviderError where the provider for AWS cannot be had."""
+        """Initializes the module; raises NoProviderError if the provider for AWS is not available."""
         folder = os.environ.get(PLUGINS)
         ran = self.terraform(
             "init", "-input=false", "-no-color", *([f"-plugin-dir={folder}"] if folder else []), *arguments
@@ -87,7 +87,7 @@ class Fleet:
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
     def apply(self) -> None:
-        """Makes it so."""
+        """Applies the configuration."""
         self.succeed(
             "apply", "-input=false", "-auto-approve", "-no-color", "-compact-warnings", f"-var-file={self.variables}"
         )
@@ -97,10 +97,10 @@ def moto_environment(endpoint: str) -> dict[str, str]:
     """This process's environment, for AWS at `endpoint` and nowhere else."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TF_"))}
     config = os.environ.get("TF_CLI_CONFIG_FILE")
-    if config and Path(config).is_file():  # it may say where providers are
+    if config and Path(config).is_file():  # it may name a mirror of providers
         environment["TF_CLI_CONFIG_FILE"] = config
     return environment | {
-        "AWS_ENDPOINT_URL": endpoint or "http://127.0.0.1:9",  # what would ask the real AWS asks nobody
+        "AWS_ENDPOINT_URL": endpoint or "http://127.0.0.1:9",  # calls that would reach the real AWS fail
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",

@@ -1,4 +1,4 @@
-"""A server with HTTP on a free port, a client for it, and requests that are written byte by byte."""
+"""A server with HTTP on a free port, a client for it, and requests that tests write byte by byte."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 3.
 
 @asynccontextmanager
 async def http_server(**settings: object) -> AsyncIterator[Running]:
-    """A simulated server of this process with HTTP; settings as keywords."""
+    """Runs a server with HTTP and the simulated runtime in this process; settings are keyword arguments."""
     async with serving_here(**SIMULATED | {"http_port": free_port()} | settings) as running:
         yield running
 
 
 def client(running: Running, **options: Any) -> httpx2.AsyncClient:
-    """A client of the server's HTTP."""
+    """A client of the server's HTTP port."""
     return httpx2.AsyncClient(base_url=f"http://{running.http_address}", trust_env=False, timeout=30, **options)
 
 
 def body(**parameters: object) -> dict[str, object]:
-    """The parameters of a short generation."""
+    """The JSON body of a request for a short generation."""
     return {"prompt": "a red potion", "num_inference_steps": 4} | parameters
 
 
 def server_sent(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The events of a stream, by their names."""
+    """Parses the server-sent events of a stream: (name, JSON) each."""
     events = []
     for block in text.strip().split("\n\n"):
         if block == ":":
@@ -51,7 +51,7 @@ def server_sent(text: str) -> list[tuple[str, dict[str, Any]]]:
 async def raw_connection(
     running: Running, receive_bytes: int | None = None
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection of which the test reads and writes the bytes; `receive_bytes` bounds what the kernel takes for it."""
+    """Opens a connection whose bytes the test reads and writes; `receive_bytes` bounds the kernel's receive buffer."""
     host, port = running.http_address.rsplit(":", 1)
     connection = socket.socket()
     if receive_bytes is not None:
@@ -70,7 +70,7 @@ async def raw_connection(
 
 
 def post(running: Running, parameters: dict[str, object]) -> bytes:
-    """The bytes of a request for pictures."""
+    """The bytes of an HTTP request for pictures."""
     data = json.dumps(parameters).encode()
     head = f"POST {GENERATIONS} HTTP/1.1\r\nhost: {running.http_address}\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data

@@ -1,4 +1,4 @@
-"""Frames of HTTP/2: as much of it as tests need to speak and to read."""
+"""Frames of HTTP/2: writing and parsing, as far as tests need it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ CANCEL = 8
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """A frame."""
+    """Makes a frame."""
     return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
 
 
 def header(name: bytes, value: bytes) -> bytes:
-    """A header as a literal that is not indexed, each part of less than 127 bytes."""
+    """Makes a header as a literal without indexing; name and value have less than 127 bytes."""
     return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
 
 
 def reset(stream: int) -> bytes:
-    """How a server gives up a call."""
+    """The frame with which a server resets a call."""
     return frame(RST_STREAM, 0, stream, CANCEL.to_bytes(4))
 
 
 def cancelled(stream: int) -> bytes:
-    """How a server ends a call with the status CANCELLED and no details."""
+    """The frame with which a server ends a call with the status CANCELLED and no details."""
     return frame(HEADERS, END_STREAM | END_HEADERS, stream, header(b"grpc-status", b"1"))
 
 
 class Units:
-    """Parses units that begin with a header that says how long the rest is; they come in pieces of any length.
+    """Parses units whose header has the length of the rest; the data comes in pieces of any length.
 
     Args:
         header_bytes: length of the header.
-        length: where in it the length of the rest is.
+        length: the part of the header with the length of the rest.
     """
 
     def __init__(self, header_bytes: int, length: slice) -> None:
@@ -45,11 +45,11 @@ class Units:
 
     @property
     def at_end(self) -> bool:
-        """Whether what was parsed last is the end of a unit."""
+        """Whether the last parsed byte is the end of a unit."""
         return not self._header
 
     def pieces(self, data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-        """The units, or parts of units, that `data` has: the place behind each, its header and its bytes."""
+        """The units, or parts of units, in `data`: the position after each, its header and its bytes."""
         at = 0
         while at < len(data):
             if len(self._header) < self._header_bytes:
@@ -68,14 +68,14 @@ class Units:
 
 
 class Messages:
-    """Finds, in the bytes of a connection from a gRPC server with one call, where a frame and a message end together."""
+    """Finds where a frame and a message end together, in the bytes that a gRPC server sends for one call."""
 
     def __init__(self) -> None:
         self._frames = Units(9, slice(0, 3))
         self._messages = Units(5, slice(1, 5))
 
     def ends(self, data: bytes) -> Iterator[tuple[int, int]]:
-        """The places behind such frames in `data`, with the stream of the call."""
+        """The positions after such frames in `data`, with the id of the call's stream."""
         for at, header, piece in self._frames.pieces(data):
             if header[3] == DATA:
                 for _ in self._messages.pieces(piece):

@@ -28,9 +28,9 @@ READY_S = 30.0
 @dataclass(frozen=True)
 class Jaeger:
     """Attributes:
-    query_url: of its page and its query API.
-    otlp_grpc: host:port that takes OTLP over gRPC, without TLS.
-    otlp_http: the full URL that takes traces over HTTP, as Triton wants it.
+    query_url: URL of its page and its query API.
+    otlp_grpc: host:port that accepts OTLP over gRPC, without TLS.
+    otlp_http: the full URL that accepts traces over HTTP, for Triton.
     """
 
     query_url: str
@@ -67,7 +67,7 @@ class Jaeger:
 
 @contextmanager
 def jaeger() -> Iterator[Jaeger]:
-    """Runs Jaeger on free ports while the block runs; yields it once it accepts spans and queries."""
+    """Runs Jaeger on free ports during the block; yields it once it accepts spans and queries."""
     query, grpc, http = free_ports(3)
     made = Jaeger(f"http://127.0.0.1:{query}", f"127.0.0.1:{grpc}", f"http://127.0.0.1:{http}/v1/traces")
     if not (ROOT / ".tools" / "all-in-one").exists():
@@ -78,7 +78,7 @@ def jaeger() -> Iterator[Jaeger]:
             _wait_ready(made, process, log)
             yield made
         finally:
-            process.kill()  # it has nothing to keep, and takes long to end by itself
+            process.kill()  # it keeps nothing, and takes long to end by itself
             process.wait(10)
 
 

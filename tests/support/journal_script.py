@@ -1,9 +1,9 @@
-"""Plays golden scripts of a journal's rules: commands, `----`, and what they leave; see `tests/golden/journal/`.
+"""Runs golden scripts of the journal's rules (`tests/golden/journal/`): commands, `----`, and their results.
 
-take A [sleeping]       a line comes; sleeping: the lease is not held for certain
-state A                 a change of state comes, which no stream is shown
-written [A]             Redis has taken the first line, or one that no longer waits
-failed [SECONDS] [sleeping]     a write that lasted so long has failed
+take A [sleeping]       a line arrives; sleeping: the lease may have been lost
+state A                 a change of state arrives, which no stream shows
+written [A]             Redis has stored the first line, or one that no longer waits
+failed [SECONDS] [sleeping]     a write of this duration has failed
 wait SECONDS            time passes
 forgotten, replaced, end, close
 """
@@ -22,7 +22,7 @@ class Script:
         self._shown: set[str] = set()
 
     def run(self, command: str) -> str:
-        """Runs a command; returns what it leaves."""
+        """Runs a command and returns its result."""
         name, *words = command.split()
         held = "sleeping" not in words
         shown: list[str] = []
@@ -56,7 +56,7 @@ class Script:
 
 
 def rewritten(text: str) -> str:
-    """The script with what it leaves written anew."""
+    """The script with its present results."""
     script, done = Script(), []
     for block in text.strip().split("\n\n"):
         commands = block.split("\n----")[0].split("\n")

@@ -1,7 +1,7 @@
 """A process that leads an execution, for tests to freeze or kill: `python -m tests.support.leader URL NAME TTL_S`.
 
 Takes the lease, prints "leading", and publishes events until it reads a line on
-stdin; then commits and prints the outcome ("discarded" where there is none).
+stdin. Then it commits and prints the outcome ("discarded" if there is none).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plays the metadata service of a spot instance (IMDSv2): over real HTTP, on loopback, with tokens that can expire."""
+"""A fake metadata service of a spot instance (IMDSv2): real HTTP on loopback, with tokens that can expire."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class MetadataService:
     """The service.
 
     Attributes:
-        notice: what it says of the instance; empty: nothing.
-        broken: it answers with an error of its own.
+        notice: the notice for the instance; empty: none.
+        broken: whether it answers with a server error.
         asked: method and status of each request so far.
     """
 
@@ -28,11 +28,11 @@ class MetadataService:
         self._tokens: list[str] = []
 
     def expire(self) -> None:
-        """No token that was given out is good any more."""
+        """Makes all tokens invalid."""
         self._tokens.clear()
 
     def num_asked(self, status: HTTPStatus) -> int:
-        """How often the notice was asked for with this answer."""
+        """How often a request for the notice got this status."""
         return self.asked.count(("GET", status))
 
     def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[HTTPStatus, str]:
@@ -58,7 +58,7 @@ class MetadataService:
 
 @contextlib.contextmanager
 def metadata_service() -> Iterator[MetadataService]:
-    """Runs one on a free port of loopback while the block runs."""
+    """Runs the service on a free loopback port during the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
@@ -76,7 +76,7 @@ def metadata_service() -> Iterator[MetadataService]:
             self.wfile.write(text.encode())
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing is written: standard error is the tests'."""
+            """Writes no log: standard error belongs to the tests."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         service = MetadataService(server.server_port)

@@ -1,4 +1,4 @@
-"""A copy of the shipped models with more pipelines beside `icons`, for tests of what cannot be served."""
+"""A copy of the shipped models with more pipelines beside `icons`, for tests of pipelines that cannot be served."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHIPPED = Path(__file__).parents[2] / "models"
 
 
 def copy_models(folder: Path) -> Path:
-    """The shipped models in a new folder `models` below `folder`; large files are links."""
+    """Copies the shipped models to a new folder `models` in `folder`; large files are links."""
     models = folder / "models"
     shutil.copytree(SHIPPED / "pipelines", models / "pipelines")
     (models / "repository").mkdir()

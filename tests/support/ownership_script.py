@@ -1,7 +1,7 @@
-"""Plays golden scripts of the rules of ownership: commands, `----`, and what they leave; see `tests/golden/ownership/`.
+"""Runs golden scripts of the rules of ownership (`tests/golden/ownership/`): commands, `----`, and their results.
 
-recorded, unrecorded, refused, ended, let_go, replaced    what happens to a generation that this replica has accepted
-claim [FIELD=VALUE ...]     what is seen of a request id (`ClaimSeen`)
+recorded, unrecorded, refused, ended, let_go, replaced    events of a generation that this replica has accepted
+claim [FIELD=VALUE ...]     the state of a request id (`ClaimSeen`)
 unowned FIELD=VALUE ...     a mirror whose owner's lease has ended (`decide_unowned`, leases of 2 s)
 leased FIELD=VALUE ...      the same, once this replica has the lease
 listed [FIELD=VALUE ...]    a registered generation that nobody owns (`ListedSeen`, leases of 2 s)
@@ -23,7 +23,7 @@ class Script:
         self._state = rules.OwnerState.CLAIMED
 
     def run(self, command: str) -> str:
-        """Runs a command; returns what it leaves."""
+        """Runs a command and returns its result."""
         name, *words = command.split()
         facts = {field: _value(value) for field, _, value in (word.partition("=") for word in words)}
         match name:
@@ -46,7 +46,7 @@ def _value(word: str) -> bool | float:
 
 
 def rewritten(text: str) -> str:
-    """The script with what it leaves written anew."""
+    """The script with its present results."""
     lines = text.partition("----\n")[0].splitlines()
     script = Script()
     left = [script.run(line) for line in lines if line and not line.startswith("#")]

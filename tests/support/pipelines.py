@@ -73,7 +73,7 @@ def small_catalog(folder: Path, **changes: Any) -> Catalog:
 
 
 def adapted_catalog(folder: Path, *adapters: str) -> Catalog:
-    """A catalog with a pipeline that takes image prompts and adapters of ranks up to 6 together; with these, of rank 2."""
+    """A catalog with these adapters of rank 2; its pipeline takes image prompts, and a sum of ranks up to 6."""
     inputs = image_prompts.INPUTS | ADAPTER_INPUTS
     components = MANIFEST["components"] | image_prompts.IMAGE_ENCODER
     catalog = small_catalog(

@@ -1,4 +1,4 @@
-"""A real Prometheus that a test starts, and its answers."""
+"""A real Prometheus that a test starts, and queries to it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ READY_S = 60.0
 
 
 class PrometheusServer:
-    """Asks a Prometheus on a port of this machine.
+    """Queries a Prometheus on this machine.
 
     Attributes:
-        url: of its API.
+        url: URL of its API.
     """
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
@@ -38,7 +38,7 @@ class PrometheusServer:
             return False
 
     def ask(self, query: str) -> list[dict[str, Any]]:
-        """The samples of a query at this moment; fails with Prometheus' own words where it cannot be parsed."""
+        """The samples of a query now; fails with Prometheus' message if the query is invalid."""
         return self._get("query", query=query)
 
     def over(self, query: str, begin: float, end: float, step_s: float) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ class PrometheusServer:
 
 @contextmanager
 def prometheus(folder: Path, config: str, *options: str, host: str = "127.0.0.1") -> Iterator[PrometheusServer]:
-    """Runs Prometheus with this configuration while the block runs; its data is in `folder`/data."""
+    """Runs Prometheus with this configuration during the block; its data is in `folder`/data."""
     program = shutil.which("prometheus")
     assert program is not None, "no prometheus: tools/install-system-packages"
     (folder / "prometheus.yml").write_text(config)

@@ -54,12 +54,12 @@ class RedisServer:
             self._process = None
 
     def freeze(self) -> None:
-        """Stops the server with SIGSTOP: its connections stay open, and nothing is answered."""
+        """Stops the server with SIGSTOP: its connections stay open, and it does not answer."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Lets a frozen server go on."""
+        """Continues a frozen server."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 

@@ -11,14 +11,14 @@ CHUNK_BYTES = 1 << 16
 
 
 class Relay:
-    """Passes bytes both ways until `cut`, with backpressure: it reads no faster from one side than the other takes.
+    """Passes bytes both ways until `cut`, with backpressure: it reads from one side only as fast as the other accepts.
 
     Attributes:
-        delay_s: how long each piece is held back; tests change it at any time.
-        num_passed: pieces that came from clients.
-        num_under_way: pieces, of both directions, that are held back now.
-        num_connections: made by clients so far.
-        num_bytes: passed to clients so far, over all connections.
+        delay_s: how long each piece is delayed; tests may change it at any time.
+        num_passed: number of pieces that came from clients.
+        num_under_way: number of pieces, of both directions, that are delayed now.
+        num_connections: number of connections that clients have made so far.
+        num_bytes: number of bytes passed to clients so far, over all connections.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Relay:
 
     @classmethod
     async def start(cls, *targets: str) -> Relay:
-        """Starts a relay on a free loopback port: the first connection to the first target (HOST:PORT), and so on.
+        """Starts a relay on a free loopback port. The first connection goes to the first target (HOST:PORT), and so on.
 
-        What comes after as many connections as there are targets goes to the last one.
+        Connections beyond the number of targets go to the last one.
         """
         relay = cls()
 
@@ -61,15 +61,15 @@ class Relay:
         return relay
 
     def cancel_after(self, num_bytes: int) -> None:
-        """Once clients have got so many bytes, ends the call as a server does that gives it up, with the connection.
+        """After `num_bytes` to clients, ends the call and the connection as a server does that abandons it.
 
-        The call is reset with CANCEL, within its messages; once they have got as many again, the next one ends with the
-        status CANCELLED and no details. For clients of gRPC in plain text.
+        The first call is reset with CANCEL between its messages; after as many bytes again, the next call ends with the
+        status CANCELLED and no details. Works with gRPC clients in plain text.
         """
         self._cancels = [(num_bytes, http2.reset), (2 * num_bytes, http2.cancelled)]
 
     def after(self, num_bytes: int, happen: Callable[[], Awaitable[None]]) -> None:
-        """Once clients have got exactly so many bytes, awaits `happen` before they get any more."""
+        """After exactly `num_bytes` to clients, awaits `happen` before it passes more."""
         self._event = (num_bytes, happen)
 
     def cut(self) -> None:
@@ -85,7 +85,7 @@ class Relay:
         self._writers.clear()
 
     def end(self) -> None:
-        """Ends all connections in order, wherever they are in a message; new ones are accepted."""
+        """Closes all connections normally, even within a message; new ones are accepted."""
         for writer in self._writers:
             writer.close()
         self._writers.clear()
@@ -114,7 +114,7 @@ class Relay:
             sink.transport.abort()
 
     def _cancel(self, messages: http2.Messages, data: bytes) -> bytes | None:
-        """What a connection ends with where its call is to be cancelled now; else None."""
+        """The last bytes of a connection whose call is cancelled now; else None."""
         num_bytes, frame_of = self._cancels[0]
         for end, stream in messages.ends(data):
             if self.num_bytes + end > num_bytes:

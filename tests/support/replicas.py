@@ -26,7 +26,7 @@ from tests.conftest import MODELS
 from tests.support.warm_server import ServerProcess
 
 TTL_S = 1.5
-"""Lease time: short, so that a dead replica is soon replaced, yet long enough for two busy cores."""
+"""Lease time in seconds: short, so that a dead replica is soon replaced, yet long enough for two busy cores."""
 
 
 class Replica:
@@ -61,7 +61,7 @@ class Replica:
     def open(self) -> grpc.aio.Channel:
         """This replica's channel."""
         if self.channel is None:
-            # It is asked from before it listens, and on a busy machine it takes long to start.
+            # Calls begin before it listens, and on a busy machine it starts slowly.
             options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000)]
             self.channel = grpc.aio.insecure_channel(self.address, options)
         return self.channel
@@ -104,7 +104,7 @@ class Replica:
 
 @contextlib.asynccontextmanager
 async def replicas(redis_url: str, folder: Path, count: int = 2, **settings: object) -> AsyncIterator[list[Replica]]:
-    """Runs `count` replicas with one key file while the block runs."""
+    """Runs `count` replicas with one key file during the block."""
     keys = key_file(folder)
     made = [Replica(redis_url, keys, folder, **settings) for _ in range(count)]
     try:
@@ -136,10 +136,10 @@ async def bills(redis_url: str, folder: Path) -> list[dict[str, object]]:
 
 
 class Resuming:
-    """A client that sends one request, and after each broken stream resumes at the next replica until it is complete.
+    """A client that sends one request, and resumes at the next replica after each broken stream, until it is complete.
 
     Attributes:
-        num_cut: streams that broke before the end.
+        num_cut: number of streams that broke before the end.
     """
 
     def __init__(self, both: list[Replica], first: int, message: pb.GenerateRequest) -> None:

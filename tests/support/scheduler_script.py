@@ -111,7 +111,7 @@ class Player:
             yield from written(self._scheduler.complete(batch_id))
 
     def _returned(self, ids: list[str], options: dict[str, str]) -> Iterator[str]:
-        """Frees the instances of these batches, whose results the scheduler has not been told yet."""
+        """Frees the instances of these batches; the scheduler does not have their results yet."""
         self._back.update(spread(ids))
         yield from ()
 
@@ -156,7 +156,7 @@ class Player:
             list(self._complete(["all"], {}))
 
     def _develop(self, ids: list[str], options: dict[str, str]) -> Iterator[str]:
-        """Runs until so many more outputs are decoded; gives their order."""
+        """Runs until a number of further outputs is decoded; yields their order."""
         decoded: list[str] = []
         while len(decoded) < int(ids[0]):
             list(self._schedule([], {}))

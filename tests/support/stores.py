@@ -70,7 +70,7 @@ class FaultyStore:
     """A store in a dict that fails on demand.
 
     Attributes:
-        fault: "", "unavailable", "full" (for puts) or "hangs".
+        fault: the present fault: "", "unavailable", "full" (for puts) or "hangs".
     """
 
     def __init__(self, name: str = "disk", max_bytes: int = 1 << 30) -> None:

@@ -1,4 +1,4 @@
-"""An event log with real preview feeds, a decoder that the test can hold up, and streams that it reads step by step."""
+"""An event log with real preview feeds, a decoder that the test can block, and streams that it reads step by step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SPEC = Spec(
 PICTURE = EncodedPicture(MediaType.RAW_RGBA8, 16, 16, 64, bytes(range(256)) * 16)
 PIECE_BYTES = 1000
 TURNS = 12
-"""Turns of the event loop that `settle` waits: enough for everything here, since nothing takes time."""
+"""Turns of the event loop that `settle` waits; enough, since nothing here takes time."""
 
 
 class Clock:
@@ -70,13 +70,13 @@ class Here(Executor):
         future: Future[object] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001  # an executor hands over whatever was raised
+        except Exception as error:  # noqa: BLE001  # an executor passes on every exception
             future.set_exception(error)
         return future
 
 
 class Decoder:
-    """A fake preview decoder. Answers at once; while `shut`, each call waits for `answer`."""
+    """A fake preview decoder. It answers at once; while `shut`, each call waits for `answer`."""
 
     def __init__(self) -> None:
         self.shut = False
@@ -105,7 +105,7 @@ class Decoder:
 
 
 class Stage:
-    """An event log with its clock, decoder and preview feeds, and methods that publish what an engine would."""
+    """An event log with its clock, decoder and preview feeds, and methods that publish as the engine does."""
 
     def __init__(self, max_watchers: int = 8) -> None:
         self.clock = Clock()
@@ -128,7 +128,7 @@ class Stage:
         self.log.publish(Queued(position, datetime(2026, 1, 1, tzinfo=UTC)))
 
     def step(self, step: int, output: int = 0) -> None:
-        """Publishes the progress of a step, and its latent to the preview feed where that is due."""
+        """Publishes the progress of a step, and its latent to the preview feed if a preview is due."""
         self.log.publish(Progress(output, step, 50, 1, 1.0))
         if output not in self.feeds:
             self.feeds[output] = FrameFeed(simulated_pipeline(), self.decoder, lambda: 0.0, Here())
@@ -158,7 +158,7 @@ class Stage:
 
 
 class Reader:
-    """A client that takes one event when the test says so. In between, its stream is blocked at its `yield`."""
+    """A client that takes one event at the test's command. In between, its stream is blocked at its `yield`."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
@@ -173,7 +173,7 @@ class Reader:
         return self._taking is not None and not self._taking.done()
 
     async def take(self) -> pb.GenerationEvent | None:
-        """Takes the next event; None while there is none yet, and the client then goes on waiting for it."""
+        """Takes the next event; None if there is none yet, and the client then keeps waiting for it."""
         if self.ended:
             return None
         if self._taking is None:
@@ -196,14 +196,14 @@ class Reader:
         return event
 
     async def drain(self) -> list[pb.GenerationEvent]:
-        """Takes all events that are there, and goes on waiting for the next."""
+        """Takes all available events, and keeps waiting for the next."""
         before = len(self.events)
         while await self.take() is not None:
             pass
         return self.events[before:]
 
     async def leave(self) -> None:
-        """Ends the stream, as a client does that disconnects."""
+        """Ends the stream, like a client that disconnects."""
         self.watcher.close()
         await settle()
         self.collect()

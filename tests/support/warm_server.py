@@ -1,7 +1,7 @@
-"""Starts `safelight serve` as forks of a process that has imported the server, which takes most of the CPU of a start.
+"""Starts `safelight serve` as forks of a process that has imported the server, since imports take most of a start.
 
-Each is a process of its own: it runs the command line in its environment, writes to its log, and is killed, frozen or
-told to end by signals. Those that are left when the tests end are killed.
+Each server is a process of its own: it runs the command line in its environment, writes to its log, and reacts to
+signals. Servers that still run when the tests end are killed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class ServerProcess:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Waits for its end. Returns its exit status, below 0 where a signal ended it."""
+        """Waits for its end and returns its exit status, which is negative if a signal ended it."""
         if self._returncode is None:
             self._returncode = _ask({"wait": self.pid})
         return self._returncode
 
     def kill(self) -> None:
-        """Kills it and waits for its end. Nothing happens where `wait` has seen the end."""
+        """Kills it and waits for its end. Does nothing if `wait` has returned."""
         if self._returncode is None:
             self.send_signal(signal.SIGKILL)
             self.wait()
@@ -48,7 +48,7 @@ class ServerProcess:
 
 @functools.cache
 def _imported() -> subprocess.Popen[str]:
-    """The process that has imported the server; it ends when its input does, with this process at the latest."""
+    """The process that has imported the server. It ends when its input is closed, at the latest with this process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
     path = os.pathsep.join(map(str, (ROOT / "server", ROOT / "clients/python", ROOT)))
     command = [sys.executable, "-m", "tests.support.warm_server"]
@@ -69,7 +69,7 @@ def _ask(order: Mapping[str, Any]) -> int:
 
 
 def main() -> None:
-    """Imports the server, then makes a fork for each order, which returns to here and serves."""
+    """Imports the server, then forks for each command; the fork returns from `_forked` and serves."""
     from safelight_server.cli.main import main as command
 
     gc.freeze()
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _forked() -> bool:
-    """Does what it is asked until the input ends. Whether this is a fork, which has to serve."""
+    """Runs commands until the input ends. Returns whether this process is a fork, which has to serve."""
     running = set()
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)

@@ -19,7 +19,7 @@ SUCCEEDED = generation_pb2.Generation.STATE_SUCCEEDED
 
 
 def descriptor_set() -> bytes:
-    """The contract with all that it imports, each file after those that it imports."""
+    """The API's descriptor set with all imports; each file comes after those that it imports."""
     files: dict[str, FileDescriptor] = {}
 
     def add(file: FileDescriptor) -> None:

@@ -1,4 +1,4 @@
-"""Textures are read by another program: ktx-parse, in Node."""
+"""Another program, ktx-parse in Node, can read the textures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ console.log(JSON.stringify({
 
 
 def read(data: bytes) -> dict[str, object]:
-    """What ktx-parse says of a file."""
+    """Parses a file with ktx-parse."""
     command = ["node", "--input-type=module", "--eval", READ, base64.b64encode(data).decode()]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     found: dict[str, object] = json.loads(printed)

@@ -1,4 +1,4 @@
-"""The load tests run: every scenario of ghz and the users of locust, for seconds, against both runtimes that need nothing."""
+"""The load tests run: every scenario of ghz and Locust's users, for seconds, against the runtimes in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNTIMES = {"embedded": {}, "simulated": {"runtime": "simulated", "simulated_bas
 
 
 async def printed(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    """What a command prints that ends well, from the root of the repository."""
+    """Runs a command, which must succeed, in the root of the repository, and returns its output."""
     process = await asyncio.create_subprocess_exec(
         *command, cwd=ROOT, env=os.environ | (env or {}), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -33,14 +33,14 @@ async def printed(*command: str | Path, env: dict[str, str] | None = None) -> st
 
 
 async def ghz(address: str, out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
-    """The table, and the reports by scenario."""
+    """Runs ghz' scenarios; returns the table, and the reports by scenario."""
     command = [sys.executable, "-m", "load_tests.ghz.run", "--target", address, "--out", str(out), *arguments]
     text = await printed(*command)
     return text, reports(out)
 
 
 def reports(folder: Path) -> dict[str, Any]:
-    """By scenario."""
+    """Reads the reports by scenario."""
     return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
 
 
@@ -64,7 +64,7 @@ async def test_ghz_reads_slowly_where_a_scenario_says_so(start: Start, tmp_path:
     async with start(runtime="simulated", simulated_base_ms=1.0) as running:
         _, found = await ghz(running.address, tmp_path, "--only", "slow-readers", "--time-scale", "0.001")
     picture_bytes, bytes_per_second = 128 * 128 * 4, 20_000
-    assert found["slow-readers"]["fastest"] >= 1e9 * picture_bytes / bytes_per_second  # the relay's pace, not a speed
+    assert found["slow-readers"]["fastest"] >= 1e9 * picture_bytes / bytes_per_second  # the relay's rate
 
 
 async def test_a_request_id_that_ghz_sends_again_runs_once(start: Start, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ async def test_a_request_id_that_ghz_sends_again_runs_once(start: Start, tmp_pat
         outcomes = by_label(running.generations._metrics._outcomes, "status")
         [(status, count)] = [(status, count) for status, count in outcomes.items() if count]
     assert status == "OK"
-    assert 1 < count <= found["idempotent-retries"]["count"] / 3 + 2  # the first and the last id come fewer times
+    assert 1 < count <= found["idempotent-retries"]["count"] / 3 + 2  # the first and the last id are sent fewer times
 
 
 async def test_ghz_sends_a_key_over_tls_and_does_not_report_it(start: Start, tmp_path: Path) -> None:
@@ -94,10 +94,10 @@ USERS = (".venv-locust/bin/locust", "-f", "load_tests/locust/locustfile.py", "--
 
 
 async def locust(address: str, *arguments: str) -> dict[str, int]:
-    """How many measurements each metric has; a request that failed fails the command."""
+    """Runs Locust; returns the number of measurements of each metric. A failed request fails the command."""
     command = (ROOT / USERS[0], *USERS[1:], "--host", address, "--spawn-rate", "10", *arguments)
     text = await printed(*command, env={"PYTHONPATH": f"{ROOT / 'clients/python'}:{ROOT}"})
-    rows = max(messages(text), key=len)  # the workers of --processes print a list too, of what they have not reported
+    rows = max(messages(text), key=len)  # the workers of --processes also print a list, of unreported rows
     return {row["name"]: row["num_requests"] for row in rows}
 
 
@@ -106,7 +106,7 @@ async def test_users_measure_what_people_notice(start: Start, tmp_path: Path, ru
     (tmp_path / "prompts").write_text("a red potion\n")
     async with start(**RUNTIMES[runtime]) as running:
         alike = ("--prompts", str(tmp_path / "prompts"), "--seeds", "1", "--cancels", "0", "--think", "0.5")
-        length = ("--run-time", "4s", "--stop-timeout", "60")  # a picture that began is awaited
+        length = ("--run-time", "4s", "--stop-timeout", "60")  # waits for pictures that have begun
         counts = await locust(running.address, "--users", "4", *length, *alike)
     assert counts["first recognisable preview"] == counts["picture (computed)"] == 1
     assert counts["picture (cached)"] > 0

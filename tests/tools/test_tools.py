@@ -1,4 +1,4 @@
-"""The tools that people point at a server, as people call them: by reflection, with nothing but a prompt."""
+"""Common gRPC tools work with a server as people call them: by reflection, with only a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the triton runtime develop, and what they see of it."""
+"""Requests of the tests of the triton runtime, and what their clients receive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = (("ddim", 3.0), ("euler", 1.0), ("dpmpp_2m", 2.0), ("ddim", 1.0), ("eule
 
 @dataclass(slots=True)
 class Seen:
-    """What a client saw of one generation."""
+    """What a client received of one generation."""
 
     steps: list[int] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
@@ -30,12 +30,12 @@ class Seen:
 
     @property
     def pixels(self) -> np.ndarray:
-        """Raw RGBA8."""
+        """The picture's raw RGBA8 pixels."""
         return np.frombuffer(self.data, np.uint8)
 
 
 def mixed(count: int, steps: Sequence[int] = (9, 12, 16)) -> list[pb.GenerateRequest]:
-    """Requests of several samplers and lengths, with and without guidance, whose pictures are computed each time.
+    """Requests of several samplers and numbers of steps, with and without guidance, that bypass the caches.
 
     Some start from `PHOTO`, some of these with `MASK`; strength 1 makes all steps.
     """
@@ -66,7 +66,7 @@ async def develop(
     seen: Seen | None = None,
     timeout: float | None = None,
 ) -> Seen:
-    """One generation to its end."""
+    """Runs one generation to its end."""
     seen = seen or Seen()
     async for response in stub.Generate(request, timeout=timeout):
         event = response.event
@@ -85,7 +85,7 @@ async def develop(
 
 
 async def develop_all(address: str, requests: Sequence[pb.GenerateRequest]) -> list[Seen]:
-    """All at once."""
+    """Runs all requests at once."""
     async with grpc.aio.insecure_channel(address) as channel:
         await upload_all(channel)
         stub = stubs.GenerationServiceStub(channel)
@@ -93,13 +93,13 @@ async def develop_all(address: str, requests: Sequence[pb.GenerateRequest]) -> l
 
 
 async def upload_all(channel: grpc.aio.Channel) -> None:
-    """Uploads what the requests of `mixed` start from."""
+    """Uploads the init image and the mask of the requests of `mixed`."""
     for data in (PHOTO, MASK):
         await images_pb2_grpc.ImageServiceStub(channel).UploadImage(iter(pieces(data)))
 
 
 class Load:
-    """Generations under way, whose watchers a test can look at."""
+    """Running generations, whose progress a test can check."""
 
     def __init__(self, channel: grpc.aio.Channel, requests: Sequence[pb.GenerateRequest]) -> None:
         self.requests = requests
@@ -122,17 +122,17 @@ class Load:
 
     @property
     def num_running(self) -> int:
-        """Those that have not ended."""
+        """Number of generations that have not ended."""
         return sum(not call.done() for call in self._calls)
 
     async def finish(self) -> list[Seen]:
-        """Waits for all; raises what any of them ended with."""
+        """Waits for all; raises the error of any that failed."""
         await asyncio.gather(*self._calls)
         return self.seen
 
 
 def assert_exact(requests: Sequence[pb.GenerateRequest], seen: Sequence[Seen], undisturbed: Sequence[Seen]) -> None:
-    """Every step was made, told and counted once, and the pixels are those of a run without disturbance."""
+    """Checks that every step was made, reported and counted once, and that the pixels are those of an undisturbed run."""
     for request, one, other in zip(requests, seen, undisturbed, strict=True):
         steps = request.spec.num_inference_steps
         rows = steps * (2 if request.spec.guidance_scale != 1.0 else 1)

@@ -1,4 +1,4 @@
-"""Real Triton servers for tests: started by the project's own supervisor, killed, frozen and started again.
+"""Real Triton servers for tests: started by the project's supervisor, killed, frozen and restarted.
 
 with triton_server() as triton:            # ready when the block begins
     client = InferenceServerClient(triton.grpc_url)
@@ -28,17 +28,17 @@ PYTHON = ROOT / ".venv-triton" / "bin" / "python"
 SERVE = ROOT / "deploy" / "triton" / "serve"
 REPOSITORY = ROOT / "models" / "repository"
 START_S = 25.0
-"""The supervisor ends a start that takes longer, and begins it again."""
+"""Seconds after which the supervisor ends a start and tries again."""
 READY_S = 80.0
 
 
 class TritonServer:
-    """One server on ports that stay the same over restarts.
+    """One server, whose ports stay the same over restarts.
 
     Attributes:
-        grpc_url: host:port, as tritonclient takes it.
-        http_url: with its scheme.
-        arguments: of `deploy/triton/serve`, beside the ports.
+        grpc_url: host:port, for tritonclient.
+        http_url: URL with its scheme.
+        arguments: arguments of `deploy/triton/serve`, beside the ports.
     """
 
     def __init__(self, folder: Path, *arguments: str | Path) -> None:
@@ -68,7 +68,7 @@ class TritonServer:
             self._supervisor = subprocess.Popen(command, stdout=log, stderr=log)
 
     def ready(self) -> bool:
-        """Whether the server answers that it and all its models are ready."""
+        """Whether the server reports that it and all its models are ready."""
         try:
             with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=1):
                 return True
@@ -76,7 +76,7 @@ class TritonServer:
             return False
 
     def wait_ready(self) -> None:
-        """Blocks until `ready`; raises with its log when it ends instead."""
+        """Blocks until `ready`; raises an error with its log if it ends instead."""
         until = time.monotonic() + READY_S
         while time.monotonic() < until:
             if self.ready():
@@ -88,12 +88,12 @@ class TritonServer:
 
     @property
     def started(self) -> bool:
-        """Whether there is a tritonserver."""
+        """Whether the supervisor has started tritonserver."""
         return self._pid_file.exists() and bool(self._pid_file.read_text())
 
     @property
     def pid(self) -> int:
-        """Of tritonserver itself."""
+        """Process id of tritonserver itself."""
         return int(self._pid_file.read_text())
 
     @property
@@ -103,12 +103,12 @@ class TritonServer:
         return self._supervisor
 
     def stubs(self) -> list[int]:
-        """Processes of the Python backend."""
-        threads = Path(f"/proc/{self.pid}/task").glob("*/children")  # while models load, not of the first alone
+        """Process ids of the Python backend's stubs."""
+        threads = Path(f"/proc/{self.pid}/task").glob("*/children")  # other threads load models
         return sorted(int(pid) for children in threads for pid in children.read_text().split())
 
     def stubs_of(self, model: str) -> list[int]:
-        """Those of one model."""
+        """Process ids of one model's stubs."""
         found = []
         for pid in self.stubs():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -118,28 +118,28 @@ class TritonServer:
         return found
 
     def shared_memory(self) -> list[Path]:
-        """What the server keeps in shared memory, beside regions of its clients."""
+        """The server's own shared memory regions, without those of its clients."""
         return list(Path("/dev/shm").glob(f"safelight_triton_{self.grpc_port}_*"))
 
     def log(self) -> str:
-        """What the server has written."""
+        """The server's log."""
         return self._log.read_text(errors="replace")
 
     def kill(self) -> None:
-        """kill -9, and waits until the supervisor has cleaned up and gone (or, with --restart, has seen it)."""
+        """Kills the server and waits until the supervisor has cleaned up and ended (with --restart: has noticed)."""
         os.kill(self.pid, signal.SIGKILL)
         if "--restart" not in self.arguments:
             self.supervisor.wait(10)
 
     def stop(self) -> None:
-        """Freezes the server and its stubs, as SIGSTOP does; returns when none of their threads runs any more."""
+        """Freezes the server and its stubs with SIGSTOP; returns when all their threads have stopped."""
         for pid in (self.pid, *self.stubs()):
             os.kill(pid, signal.SIGSTOP)
             while any(_state(thread) != "T" for thread in Path(f"/proc/{pid}/task").iterdir()):
                 time.sleep(0.001)
 
     def cont(self) -> None:
-        """Lets a frozen server go on."""
+        """Continues a frozen server."""
         for pid in (*self.stubs(), self.pid):
             os.kill(pid, signal.SIGCONT)
 
@@ -170,10 +170,10 @@ def _state(process: Path) -> str:
 
 @contextmanager
 def triton_server(*arguments: str | Path, wait: bool = True) -> Iterator[TritonServer]:
-    """A server for the block; `arguments` go to `deploy/triton/serve`.
+    """Runs a server during the block; `arguments` go to `deploy/triton/serve`.
 
     Args:
-        wait: begin the block when the server is ready; else at once.
+        wait: whether the block begins when the server is ready; else it begins at once.
     """
     with tempfile.TemporaryDirectory(prefix="safelight-test-triton-") as folder:
         server = TritonServer(Path(folder), *arguments)
@@ -188,7 +188,7 @@ def triton_server(*arguments: str | Path, wait: bool = True) -> Iterator[TritonS
 
 @contextmanager
 def triton_servers(count: int, *arguments: str | Path) -> Iterator[list[TritonServer]]:
-    """Several servers, started side by side, all ready."""
+    """Runs several servers, started in parallel; the block begins when all are ready."""
     with ExitStack() as stack:
         servers = [stack.enter_context(triton_server(*arguments, wait=False)) for _ in range(count)]
         for server in servers:

@@ -30,7 +30,7 @@ def example(model: str, rows: int) -> Feed:
 
 
 def inputs(feed: Feed) -> list[triton_grpc.InferInput]:
-    """As Triton takes them: a scalar a row is a vector of one."""
+    """Converts inputs for Triton: a scalar in each row becomes a vector of one."""
     made = []
     for name, array in feed.items():
         sent = array.reshape(-1, 1) if array.ndim == 1 else array
@@ -46,7 +46,7 @@ async def ask(client: triton_grpc.InferenceServerClient, model: str, feed: Feed)
 
 
 def same(got: dict[str, np.ndarray], model: str, feed: Feed) -> bool:
-    """Whether Triton's answer has the bits of the embedded runtime's session, output by output."""
+    """Whether all outputs of Triton are bit-equal to those of the embedded runtime's session."""
     ours = session(model)
     names = [output.name for output in ours.get_outputs()]
     expected = dict(zip(names, ours.run(names, feed), strict=True))
@@ -79,7 +79,7 @@ async def test_requests_that_triton_joins_get_their_own_rows(
     client: triton_grpc.InferenceServerClient, model: str
 ) -> None:
     feeds = [example(model, rows) for rows in (1, 2, 3, 1, 2, 1, 3, 2)]
-    for _ in range(20):  # on a busy machine requests may come one by one, and a quick model joins none of them
+    for _ in range(20):  # on a busy machine requests may arrive one by one, so that none are batched
         before = await executions(client, model)
         answers = await asyncio.gather(*(ask(client, model, feed) for feed in feeds))
         assert all(same(answer, model, feed) for answer, feed in zip(answers, feeds, strict=True))
@@ -100,7 +100,7 @@ async def test_only_the_outputs_asked_for_come_back(client: triton_grpc.Inferenc
 
 
 async def test_a_bad_request_fails_alone(client: triton_grpc.InferenceServerClient) -> None:
-    """A token that is not in the vocabulary fails the session call that its neighbours are in."""
+    """A token outside of the vocabulary fails the session call of the whole batch."""
     model = "icons_text_encoder"
     good = [example(model, rows) for rows in (1, 2, 3, 4)]
     bad = {"input_ids": np.full((1, good[0]["input_ids"].shape[1]), 10**9)}
@@ -124,7 +124,7 @@ async def test_a_wrong_shape_is_refused(client: triton_grpc.InferenceServerClien
 async def test_cancelled_requests_are_not_computed(
     triton: TritonServer, client: triton_grpc.InferenceServerClient
 ) -> None:
-    """While one large batch computes, those that wait are cancelled; what comes after is answered."""
+    """While one large batch computes, waiting requests are cancelled; later ones are answered."""
     model = "icons_denoiser"
     small = example(model, 1)
     assert same(await ask(client, model, small), model, small)
@@ -142,7 +142,7 @@ async def test_cancelled_requests_are_not_computed(
 
 
 def outcomes(triton: TritonServer, model: str) -> tuple[int, int]:
-    """Requests that were computed, and that ended without."""
+    """Numbers of requests that were computed, and that ended without computation."""
     with InferenceServerClient(triton.grpc_url) as client:
         statistics = client.get_inference_statistics(model, as_json=True)
     stats = statistics["model_stats"][0]["inference_stats"]
@@ -164,7 +164,7 @@ def test_both_environments_have_the_same_onnxruntime() -> None:
 async def test_the_tensors_of_a_call_travel_in_shared_memory(
     triton: TritonServer, client: triton_grpc.InferenceServerClient
 ) -> None:
-    import tritonclient.utils.shared_memory as shared  # opens a library that only this test needs
+    import tritonclient.utils.shared_memory as shared  # loads a library that only this test needs
 
     model, rows = "icons_denoiser", 5
     feed = example(model, rows)

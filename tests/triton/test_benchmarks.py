@@ -1,4 +1,4 @@
-"""The benchmarks that need Triton, on tiny plans: all of them runs, what they count adds up."""
+"""The benchmarks that need Triton run on tiny plans, and their counts are consistent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped configurations, read by Triton's own message."""
+"""Tests of the shipped configurations, parsed with Triton's own message type."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_tritons_own_message_reads_what_ours_reads(file: Path) -> None:
 
 
 async def test_a_rewritten_repository_is_served_and_warmed(tmp_path: Path) -> None:
-    """The code that writes GPU repositories, on the one target that runs here."""
+    """Tests the code that writes GPU repositories on the CPU target, which runs without a GPU."""
     write(REPOSITORY, tmp_path / "cpu", Target.CPU)
     with triton_server("--repository", tmp_path / "cpu", "--", "--log-verbose=1") as triton:
         assert "'rows_64'" in triton.log()

@@ -1,4 +1,4 @@
-"""Servers die, hang and lose their models under load, and every picture goes on from the step it had reached."""
+"""Servers die, hang and lose their models under load, and every picture continues from the step it had reached."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def kept() -> dict[str, list[Seen]]:
 
 @pytest.fixture
 async def undisturbed(start, kept):
-    """What the embedded runtime makes of the requests."""
+    """The pictures of the requests by the embedded runtime."""
     if "seen" not in kept:
         async with start(runtime="onnx") as running:
             kept["seen"] = await develop_all(running.address, REQUESTS)
@@ -71,7 +71,7 @@ async def test_kill_9_under_load_and_back_in_rotation(start, undisturbed):
 
 
 async def test_a_hung_server_is_given_up_and_its_late_answer_spoils_nothing(start, undisturbed):
-    with triton_servers(2, "--restart") as (one, other):  # one that goes on again may abort: see deploy/triton/serve
+    with triton_servers(2, "--restart") as (one, other):  # a continued server may abort: see deploy/triton/serve
         settings = {"triton_timeout_floor_s": 1.0, "triton_shared_memory": "on"}
         gate = gateway(start, (one, other), **settings)
         async with gate as running, grpc.aio.insecure_channel(running.address) as channel:
@@ -136,7 +136,7 @@ async def test_generations_that_wait_too_long_end_unavailable(start):
             load = Load(channel, REQUESTS)
             await eventually(load.reached(2), PATIENCE_S)
             await asyncio.to_thread(only.kill)
-            late = Load(channel, REQUESTS[:1])  # taken within the grace, and waits as long
+            late = Load(channel, REQUESTS[:1])  # accepted within the grace period, for which it also waits
             for waiting in (load, late):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await waiting.finish()

@@ -1,4 +1,4 @@
-"""Shared memory with real servers: never used again while a call that was given up may still be written."""
+"""Shared memory with real servers: it is not reused while an abandoned call may still write to it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_memory_of_a_call_given_up_is_not_reused_before_its_answer(models)
         assert server.regions.num_quarantined == 1
         waiting = asyncio.create_task(server.run(KEY, second, WORK_LIMIT_S))
         triton.cont()
-        results = await waiting  # in memory of its own: the late answer is written beside it
+        results = await waiting  # in other memory than that of the late answer
         alone = await server._run_over_grpc(KEY, second, limit_s=WORK_LIMIT_S)
         assert np.array_equal(results["prediction"], alone["prediction"])
         await eventually(lambda: server.regions.num_quarantined == 0)
@@ -81,7 +81,7 @@ async def test_regions_are_given_to_a_server_that_has_been_restarted(models):
         triton.restart()
         await eventually(triton.ready, 50)
         await server._client._client._channel.channel_ready()
-        again = await server.run(KEY, feed, WORK_LIMIT_S)  # without a probe: the server's answer says that it forgot
+        again = await server.run(KEY, feed, WORK_LIMIT_S)  # without a probe, by the server's answer
         assert np.array_equal(again["prediction"], expected["prediction"])
         assert server.regions.num_quarantined == 0
         async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:

@@ -1,4 +1,4 @@
-"""One trace over all hops: client, gateway and Triton, as Jaeger has it."""
+"""A trace in Jaeger has the spans of client, gateway and Triton."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEEDS = [
     6,
     7,
     8,
-]  # so that a step is long beside the 0.4 ms that lie between the spans of two, however fast the machine
+]  # so that on any machine a step is long compared with the 0.4 ms between the spans of two steps
 ARRIVE_S = 30.0  # Triton sends its spans every few seconds
 
 
@@ -45,14 +45,14 @@ def traced_triton(traces: Jaeger) -> Iterator[TritonServer]:
 
 @asynccontextmanager
 async def gateway(start: Start, traces: Jaeger, triton: TritonServer) -> AsyncIterator[str]:
-    """A server that executes on Triton and sends its spans to Jaeger; its address."""
+    """Runs a server that executes on Triton and sends its spans to Jaeger; yields its address."""
     otlp = f"http://{traces.otlp_grpc}"
     async with start(runtime="triton", triton_url=triton.grpc_url, otlp_endpoint=otlp) as running:
         yield running.address
 
 
 async def whole(traces: Jaeger, trace_id: str, num_triton: int = 1) -> Spans:
-    """A trace, when the server's span and enough of Triton's have arrived: it loses one now and then."""
+    """Waits until the server's span and enough of Triton's have arrived, since Triton sometimes loses one."""
 
     def arrived() -> bool:
         spans = from_jaeger(traces.trace(trace_id))

@@ -1,7 +1,7 @@
-"""Triton's queue as `safelight repository --bounded-queue` sets it: bounded, timed, ordered.
+"""Triton's queue as configured by `safelight repository --bounded-queue`: bounded, with time limits, in order.
 
-The refusals are those that docs/operations/triton.md quotes: a gateway tells
-them from a dead server by their text.
+docs/operations/triton.md quotes the messages of the refusals: by these the gateway
+distinguishes them from a dead server.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.triton.test_backend import example, inputs
 MODEL = "icons_denoiser"
 KEY = ("icons", Component.DENOISER)
 LARGE, SMALL = (inputs(example(MODEL, rows)) for rows in (64, 1))
-"""LARGE fills a batch alone and computes for a good part of a second."""
+"""LARGE fills a batch by itself and computes for a good part of a second."""
 
 
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server of a repository with bounded queues."""
+    """Runs a server on a repository with bounded queues."""
     folder = tmp_path_factory.mktemp("bounded") / "repository"
     write(REPOSITORY, folder, Target.CPU, bounded_queue=True)
     with triton_server("--repository", folder) as server:
@@ -51,13 +51,13 @@ def ask(client: triton_grpc.InferenceServerClient, tensors: list[Any], **how: in
 
 
 async def num_failed(client: triton_grpc.InferenceServerClient) -> int:
-    """Requests of the model that the server has refused or failed."""
+    """Number of requests of the model that the server has refused or failed."""
     statistics = (await client.get_inference_statistics(MODEL)).model_stats[0]
     return int(statistics.inference_stats.fail.count)
 
 
 async def busy(client: triton_grpc.InferenceServerClient, calls: int) -> list[asyncio.Task[object]]:
-    """`calls` large calls of which one is done, one is running and the rest waits in the queue."""
+    """Starts `calls` large calls; returns when one is done, one is running and the rest is queued."""
     running = [ask(client, LARGE) for _ in range(calls)]
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     return running

@@ -1,4 +1,4 @@
-"""`deploy/triton/serve`: nothing outlives the server; ports, instances, loading and unloading, restarts."""
+"""Tests of `deploy/triton/serve`: nothing outlives the server; ports, instances, loading and unloading, restarts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_kill_9_in_the_middle_of_a_call_leaves_no_stub_and_no_shared_memor
 
 
 def leftovers(triton: TritonServer) -> list[Path]:
-    """Temporary files of the server; those in /tmp, whose names do not say whose they are, when no server runs."""
+    """Temporary files of the server; those in /tmp only if no server runs, since their names do not tell their owner."""
     found = list(Path(tempfile.gettempdir()).glob(f"safelight-triton-{triton.grpc_port}-*"))
     names = {file.read_text().strip() for file in Path("/proc").glob("[0-9]*/comm")}
     if "tritonserver" not in names:
@@ -107,7 +107,7 @@ def test_a_server_with_a_dead_stub_is_ended() -> None:
 
 
 def processor_s(pid: int) -> float:
-    """Processor time of a process."""
+    """CPU time of a process in seconds."""
     user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
@@ -118,12 +118,12 @@ async def test_the_answer_to_a_call_that_triton_gave_up_is_never_another_calls()
             [stub] = triton.stubs_of("icons_denoiser")
             before = processor_s(stub)
             given_up = asyncio.ensure_future(ask(client, "icons_denoiser", example("icons_denoiser", 64)))
-            await eventually(lambda: processor_s(stub) >= before + 0.03)  # it has taken the call and computes
+            await eventually(lambda: processor_s(stub) >= before + 0.03)  # it computes the call
             os.kill(stub, signal.SIGSTOP)
             with pytest.raises(InferenceServerException, match="is not healthy"):
                 await given_up
             os.kill(stub, signal.SIGCONT)
-            await eventually(lambda: gone([stub]))  # instead of answering, which the next call would be given
+            await eventually(lambda: gone([stub]))  # a late answer would go to the next call
             with pytest.raises(InferenceServerException):
                 await ask(client, "icons_denoiser", example("icons_denoiser", 2))
             assert triton.supervisor.wait(20) == 128 + signal.SIGKILL
@@ -131,7 +131,7 @@ async def test_the_answer_to_a_call_that_triton_gave_up_is_never_another_calls()
 
 
 def frozen_stub(triton: TritonServer, model: str) -> int:
-    """Stops a stub of a model as soon as it is there, while the server loads it."""
+    """Freezes a stub of a model as soon as it exists, while the server loads it."""
     while True:
         for pid in triton.stubs_of(model) if triton.started else ():
             os.kill(pid, signal.SIGSTOP)

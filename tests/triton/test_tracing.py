@@ -1,4 +1,4 @@
-"""Triton's spans join the trace of whoever calls."""
+"""Triton's spans join the trace of the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The activator: calls are held until there is a replica, and then are the replica's."""
+"""The activator holds calls until there is a replica, then passes them to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELD = "safelight_held_calls"
 
 
 class Replicas:
-    """What DNS says, as a test has it."""
+    """Fake DNS answers."""
 
     def __init__(self) -> None:
         self.addresses: frozenset[str] = frozenset()
@@ -40,7 +40,7 @@ class Replicas:
 
 
 class Activation:
-    """An activator that listens, and what it has."""
+    """A listening activator and its state."""
 
     def __init__(self, address: str, holder: Activator, replicas: Replicas, fleet: Fleet, registry: Any) -> None:
         self.address = address
@@ -124,7 +124,7 @@ async def test_who_has_no_key_is_not_held(tmp_path):
 
 @asynccontextmanager
 async def call(address: str) -> AsyncIterator[Any]:
-    """One call of ListModels, as bytes: no client that would ask again."""
+    """One call of ListModels, as bytes, so that no client retries."""
     async with grpc.aio.insecure_channel(address) as channel:
         yield channel.unary_unary("/safelight.v1.ModelService/ListModels")
 

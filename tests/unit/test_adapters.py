@@ -1,4 +1,4 @@
-"""Adapters: what is read of their files, for which models they are offered, and how long their weights are kept."""
+"""Adapters: reading their files, the models that they fit, and how long their weights are kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS = {
 
 
 def changed(weights: np.ndarray, x: np.ndarray, first: int, inputs: int, outputs: int) -> np.ndarray:
-    """What weights (r, Q) add to the target whose numbers begin at `first`."""
+    """The output that weights (r, Q) add to the target whose numbers begin at `first`."""
     down, up = weights[:, first : first + inputs], weights[:, first + inputs : first + inputs + outputs]
     return x @ down.T @ up
 

@@ -1,4 +1,4 @@
-"""Where the server listens: all addresses of a name or none, and one server for each unix socket."""
+"""Addresses on which the server listens: all of a name's or none, and one server for each Unix socket."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_where_one_of_them_is_taken_none_is_bound(taken) -> None:
 
 @pytest.mark.usefixtures("names")
 async def test_addresses_of_other_machines_are_passed_over() -> None:
-    """As `::1` of `localhost` has to be where there is no IPv6."""
+    """For example `::1` of `localhost` on a machine without IPv6."""
     async with listening("shared.test") as address:
         assert connects("127.0.0.1", int(address.split(":")[1]))
     with pytest.raises(BindError, match=os.strerror(errno.EADDRNOTAVAIL)):
@@ -99,7 +99,7 @@ async def test_a_second_server_on_a_unix_socket_is_refused(start, path) -> None:
 
 
 def test_of_two_that_start_at_once_one_listens(path) -> None:
-    """Neither listens yet when the other looks."""
+    """When each checks the socket, the other does not listen yet."""
     host = f"unix:{path}"
     with sole_listener(host), pytest.raises(BindError, match="another server listens there"), sole_listener(host):
         pass
@@ -116,7 +116,7 @@ async def test_the_socket_of_a_server_that_was_killed_is_no_obstacle(start, path
 
 
 def test_what_others_have_at_the_path_is_left_alone(path) -> None:
-    """A server of an older version, which locks nothing, and a file."""
+    """The path may have a server of an older version, which takes no lock, or a file."""
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()

@@ -1,4 +1,4 @@
-"""Bounds hold to the output, refusals say which one and when to come back, hopeless deadlines cost nothing."""
+"""Admission: bounds hold exactly, refusals name the bound and a retry time, hopeless deadlines cost nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDE = AdmissionLimits(dict.fromkeys(Priority, 60), 5)
 
 @dataclass
 class Moment:
-    """Numbers of a moment."""
+    """A snapshot of the queue's numbers."""
 
     num_outputs: int = 10
     num_free: int = 0
@@ -54,7 +54,7 @@ class Moment:
 def admit(
     load: Load, limits: AdmissionLimits, output: ScheduledOutput, num_outputs: int, time_left_s: float | None
 ) -> float:
-    """Nobody was told anything before."""
+    """Decides without earlier promises."""
     return admit_with(load, limits, output, num_outputs, time_left_s, Promises(), "", 0.0)
 
 
@@ -99,7 +99,7 @@ def test_a_tenant_may_hold_twice_what_it_leaves_free() -> None:
         admit(full, WIDE, output(), 3, None)
     assert refused.value.metadata["bound"] == "tenant"
     assert refused.value.metadata["subject"] == "tenant lab in class STANDARD"
-    admit(Moment(waiting={Priority.STANDARD: 39}), WIDE, output(), 3, None)  # another tenant finds room
+    admit(Moment(waiting={Priority.STANDARD: 39}), WIDE, output(), 3, None)  # another tenant is admitted
 
 
 def test_a_caller_leaves_room_to_its_tenants_other_callers() -> None:
@@ -119,7 +119,7 @@ def test_what_starts_at_once_does_not_wait() -> None:
 
 
 def test_the_retry_comes_when_the_backlog_has_made_room() -> None:
-    """10 outputs in 20 s: one every 2 s, all of them for the only class that waits."""
+    """10 outputs in 20 s are one every 2 s, all for the only waiting class."""
     with pytest.raises(QueueFullError) as refused:
         admit(Moment(waiting={Priority.STANDARD: 5}), LIMITS, output(), 3, None)
     assert refused.value.retry_after_s == 4.0
@@ -185,7 +185,7 @@ def scheduler(max_running: int = 2) -> Scheduler:
 
 
 def test_the_scheduler_has_the_numbers() -> None:
-    """Whoever is admitted one by one is never more than slots and bounds hold, and none is refused before."""
+    """Outputs that are admitted one by one fill slots and bounds exactly."""
     at, admitted = scheduler(), 0
     while True:
         new = ScheduledOutput(admitted, "lab/me", Priority.STANDARD, 4, 2, KEYS, ("p", "n"))
@@ -214,7 +214,7 @@ def test_an_estimate_grows_with_load_and_with_outputs() -> None:
 
 
 def test_the_backlog_is_what_the_slots_can_make_of_it() -> None:
-    """One slot, three outputs of 20 steps of two rows: 60 calls of 22, however many rows a batch could take."""
+    """One slot and three outputs of 20 steps of two rows: 60 calls of 22, whatever the largest batch is."""
     at = scheduler(max_running=1)
     for number in range(3):
         at.add(ScheduledOutput(number, "lab/me", Priority.STANDARD, 20, 2, KEYS, ("p", "n")), 0.0)
@@ -222,7 +222,7 @@ def test_the_backlog_is_what_the_slots_can_make_of_it() -> None:
 
 
 def test_other_callers_work_does_not_make_a_deadline_hopeless() -> None:
-    """64 outputs of 1,000 steps of another caller, whatever their class: ours takes its part of the time beside them."""
+    """64 outputs of 1,000 steps of another caller, in any class: this caller gets its share of the time beside them."""
     ours = ScheduledOutput(999, "lab/me", Priority.STANDARD, 10, 2, KEYS, ("p", "n"))
     alone_s = scheduler(max_running=16).estimate_s(ours)
     for priority in Priority:

@@ -1,4 +1,4 @@
-"""Arrivals of the latency benchmark: the same for all servers, and latency from when each was due."""
+"""The latency benchmark's arrivals are the same for all servers, and latency counts from when each was due."""
 
 from __future__ import annotations
 

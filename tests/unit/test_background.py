@@ -1,4 +1,4 @@
-"""Background tasks that never end in silence."""
+"""Exceptions of background tasks are always logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short messages between replicas: whatever is wrong with one, the others count."""
+"""The bulletin: a faulty message does not affect the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.local_coordinator import LocalCoordinator
 
 
 class Desk:
-    """Two replicas' bulletins, and what the second one has heard."""
+    """Two replicas' bulletins, and the messages that the second one has received."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -1,4 +1,4 @@
-"""What the settings open."""
+"""The cache backends that the settings configure."""
 
 import asyncio
 from pathlib import Path

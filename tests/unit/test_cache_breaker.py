@@ -1,4 +1,4 @@
-"""What a failing service costs."""
+"""The circuit breaker of a failing service."""
 
 import asyncio
 

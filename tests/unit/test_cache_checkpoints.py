@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, and that they come back bit for bit."""
+"""Checkpoints: which are kept, and that they are read back bit for bit."""
 
 import hypothesis.extra.numpy as hnp
 import numpy as np

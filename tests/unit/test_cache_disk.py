@@ -159,7 +159,7 @@ async def test_a_value_that_could_not_be_replaced_leaves_no_file_that_is_not_cou
 
 
 class SlowDisk:
-    """Writes only when it may, as a thread does that nobody can call back."""
+    """A disk whose writes wait for the test, like a thread that cannot be cancelled."""
 
     def __init__(self) -> None:
         self.began, self.may = asyncio.Event(), asyncio.Event()

@@ -12,7 +12,7 @@ from tests.support.local_coordinator import LocalCoordinator
 
 
 class Outages(LocalCoordinator):
-    """Fails while `out`; with `forgetful` it does what it is asked and then fails."""
+    """Fails while `out`; with `forgetful` it performs the call and then fails."""
 
     def __init__(self) -> None:
         super().__init__()

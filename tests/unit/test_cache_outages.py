@@ -1,4 +1,4 @@
-"""A tier that cannot answer is a miss, and no proof that something is gone: what leads to it stays."""
+"""A tier that cannot answer is a miss, but no proof that an entry is gone: references to it are kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
 class Away(MemoryStore):
-    """A tier that may be away."""
+    """A tier that may be unreachable."""
 
     out = False
 

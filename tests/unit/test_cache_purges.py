@@ -144,7 +144,7 @@ async def test_what_an_unpurged_tier_pushes_out_goes_nowhere() -> None:
 
 
 class Index:
-    """Notes what it was to forget."""
+    """Notes the scopes that it had to forget."""
 
     def __init__(self, able: bool = True) -> None:
         self.forgotten: list[PurgeScope] = []

@@ -1,4 +1,4 @@
-"""The simulation of the caches on a trace: what hits, what is kept, and that a bound is one."""
+"""The simulation of the caches on a trace: hits, kept entries, and the bound on bytes."""
 
 from __future__ import annotations
 

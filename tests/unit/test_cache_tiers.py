@@ -1,4 +1,4 @@
-"""Tiers by temperature: what is found where, what moves, and that no fault ever reaches the caller."""
+"""The tiers: where entries are found, how they move, and that no fault ever reaches the caller."""
 
 import asyncio
 import itertools
@@ -304,7 +304,7 @@ async def test_closing_stops_what_moves() -> None:
 
 
 class TiersMachine(RuleBasedStateMachine):
-    """Any order of puts, gets, deletes, purges, faults and damage: what is served was put, and is not deleted."""
+    """Any order of puts, gets, deletes, purges, faults and damage: every served value was put and not deleted."""
 
     numbers = st.integers(0, 5)
 

@@ -1,4 +1,4 @@
-"""The streams that need no key are counted by the address of their client."""
+"""Streams that need no key are counted by their client's address."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_all_together_are_bounded_and_an_end_makes_room():
 
 
 async def test_a_client_that_leaves_while_it_is_written_to_is_no_bug():
-    """What gRPC's write raises then would be logged as an error of the server, as often as a client likes."""
+    """Otherwise clients could fill the log with the errors that gRPC's write raises then."""
 
     async def events(_request, _context):
         yield b"one"

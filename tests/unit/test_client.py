@@ -1,4 +1,4 @@
-"""The client's arguments: what cannot be sent is refused before anything is."""
+"""The client refuses invalid arguments before it sends anything."""
 
 from __future__ import annotations
 

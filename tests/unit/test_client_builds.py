@@ -1,4 +1,4 @@
-"""What the builds of the clients have in common: they build again only what has changed."""
+"""The common part of the clients' builds: a build runs again only if something has changed."""
 
 from __future__ import annotations
 

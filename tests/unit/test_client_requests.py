@@ -1,4 +1,4 @@
-"""From the client's plain arguments to the message, and from messages to pixels."""
+"""Conversion of the client's arguments to messages, and of messages to pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One Unix time for all replicas, however wrong their machines' clocks are."""
+"""All replicas have the same Unix time, even if their machines' clocks are wrong."""
 
 from __future__ import annotations
 

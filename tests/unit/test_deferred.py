@@ -1,4 +1,4 @@
-"""Reports, alarms and questions of the engine."""
+"""Deferred callbacks, alarms and embedding waiters of the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request gives up is within its floor, is said, and only what would be developed gives anything up."""
+"""Degradation stays within the floor, is reported, and affects only requests that would be developed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MISS = Origin()
 
 @dataclass(frozen=True)
 class Plan:
-    """As much of an `OutputPlan` as is looked at."""
+    """The part of an `OutputPlan` that degradation uses."""
 
     origin: Origin = MISS
     picture: EncodedPicture | None = None
@@ -40,7 +40,7 @@ class Plan:
 
 @dataclass
 class Held:
-    """As much of a `Generation` as is looked at."""
+    """The part of a `Generation` that degradation uses."""
 
     request: Request
 
@@ -51,10 +51,10 @@ def near(similarity: float) -> Plan:
 
 @dataclass
 class Caches:
-    """A planner: what is there at each number of steps, and the similar pictures of each output.
+    """A fake planner, with plans for each number of steps, and similar pictures of each output.
 
     Attributes:
-        there: plans by the number of steps; where there is none, each output is a miss.
+        there: plans by the number of steps; without a plan, each output is a miss.
         similar: similarity of the nearest picture of each output, by the number of steps.
     """
 

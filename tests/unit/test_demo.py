@@ -1,4 +1,4 @@
-"""The demo's own server, as far as it needs none."""
+"""The part of the demo that starts its server, tested without one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safelight_server.cli import demo
 
 
 def says(*lines: str, ends: bool = True) -> SimpleNamespace:
-    """A process that says this."""
+    """A fake process that prints these lines."""
     stdout = asyncio.StreamReader()
     stdout.feed_data("".join(f"{line}\n" for line in lines).encode())
     if ends:

@@ -1,4 +1,4 @@
-"""The documentation says what is there: links lead somewhere, named files exist, the API reference is whole."""
+"""The documentation agrees with the code: links work, named files exist, the API reference is complete."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_api_reference_has_every_call_message_field_and_value_with_its_meani
 
 
 def check(kind: Descriptor | EnumDescriptor, page: str) -> None:
-    """Of a message or an enum, and of what is nested in it."""
+    """Checks the section of a message or an enum, and of those nested in it."""
     name = kind.full_name.removeprefix("safelight.v1.")
     section = page.split(f"\n## {name} ", 1)[1].split("\n## ", 1)[0]
     if isinstance(kind, EnumDescriptor):

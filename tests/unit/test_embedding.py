@@ -1,4 +1,4 @@
-"""One vector per prompt, of the prompt's own positions."""
+"""The vector of a prompt, computed from the positions of the prompt's own tokens."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def test_what_is_kept_in_half_precision_has_cosine_one_with_itself_and_with_litt
 
 
 def test_a_prompt_without_a_begin_token_counts_from_its_first():
-    """T5's; its padding has an id of its own."""
+    """As with T5, whose padding has an id of its own."""
     assert prompt_vector(hidden(2, 4, 50, 70), (8, 9, EOS, 0), EOS, 0).tolist() == [3, 3, 3]
     assert prompt_vector(hidden(5, 70, 70), (EOS, 0, 0), EOS, 0).tolist() == [5, 5, 5]

@@ -1,4 +1,4 @@
-"""Policies never exceed their bound, and what goes is what the policy says."""
+"""Eviction policies never exceed their bound, and evict the entries that the policy defines."""
 
 from __future__ import annotations
 

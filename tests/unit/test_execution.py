@@ -29,7 +29,7 @@ STEPS = 5
 
 @dataclass(eq=False)
 class Member:
-    """Writes down what it hears."""
+    """Records the reports that it gets."""
 
     priority: Priority = Priority.STANDARD
     deadline: float | None = None
@@ -49,7 +49,7 @@ class Member:
         self.heard.append(f"joined {step}")
 
     def watch(self, execution: Execution) -> None:
-        """Takes every frame, as a stream does."""
+        """Takes every frame, like a stream."""
         self.feed = execution.feed
         self.frames += [] if self.feed.newest is None else [self.feed.newest]
         self.feed.subscribe(id(self), 1, self.offer)
@@ -78,7 +78,7 @@ class Member:
 
 
 class GatedRuntime(SimulatedRuntime):
-    """Denoiser calls wait until the test lets them through, one by one; decoders while `decodes` is clear."""
+    """Denoiser calls wait until the test lets them pass one by one; decoder calls wait while `decodes` is clear."""
 
     def __init__(self) -> None:
         super().__init__(1, 0.0, 0.0)
@@ -211,7 +211,7 @@ async def test_who_comes_back_goes_on_from_where_it_stopped(stage: Stage) -> Non
     execution.leave(member, back=True)
     assert stage.engine.scheduler.num_outputs == 0
     assert stage.executions.find("same") is execution, "others may join what is kept"
-    stage.runtime.gate.release()  # the call that was on its way comes to nothing
+    stage.runtime.gate.release()  # the result of the running call is dropped
     execution.join(member, again=True)
     for _ in range(STEPS):
         stage.runtime.gate.release()
@@ -296,7 +296,7 @@ async def test_who_waits_for_a_preview_of_an_output_that_ends_gets_none(stage: S
     latent = np.zeros(LATENT, np.float32)
     job = execution.job
     asked = asyncio.create_task(stage.engine.preview(job, latent, Component.PREVIEW_DECODER))
-    await asyncio.sleep(0)  # it stands in line behind the step that the gate holds up
+    await asyncio.sleep(0)  # it is queued behind the step that the gate blocks
     newer = asyncio.create_task(stage.engine.preview(job, latent, Component.PREVIEW_DECODER))
     async with asyncio.timeout(10):
         assert await asked is None, "the newest wins"
@@ -315,7 +315,7 @@ async def test_what_another_server_develops_is_decoded_here_as_long_as_it_is_fol
         busy.join(Member())
         await stage.step(busy, 1)
         late = asyncio.create_task(stage.engine.preview(job, latent, Component.PREVIEW_DECODER))
-        await asyncio.sleep(0)  # it stands in line behind the step that the gate holds up
+        await asyncio.sleep(0)  # it is queued behind the step that the gate blocks
         stage.engine.unfollow(job.output_id)
         assert await late is None
     stage.engine.scheduler.check_invariants()
@@ -341,7 +341,7 @@ async def test_what_was_developed_is_kept_before_the_end(stage: Stage) -> None:
 
 
 async def test_who_leaves_while_it_is_decoded_and_comes_back_has_the_same_picture(stage: Stage) -> None:
-    """All steps are made: only the decoding is left to go on with."""
+    """All steps are made; only the decoding remains."""
     undisturbed, member = Member(), Member()
     for seen, key in ((undisturbed, "before"), (member, "same")):
         execution = stage.execution(key)

@@ -1,4 +1,4 @@
-"""What `safelight repository` writes, read back by Triton's own message."""
+"""The files of `safelight repository`, parsed with Triton's own message type."""
 
 from __future__ import annotations
 

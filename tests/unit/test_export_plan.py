@@ -1,4 +1,4 @@
-"""What `safelight export` says of a folder before it loads a network: every kind of fault by name, every substitute."""
+"""The plan of `safelight export` before it loads a network: every kind of fault by name, every substitute."""
 
 from __future__ import annotations
 
@@ -680,7 +680,7 @@ def test_the_folder_of_flux_dev_is_planned_in_full(flux: FluxFolder) -> None:
 
 
 def test_the_memory_of_an_export_is_reckoned(flux: FluxFolder) -> None:
-    """All weights in float32, and six bytes for each of the network that is compared: the transformer, or the text."""
+    """All weights in float32, plus six bytes for each weight of the compared network: transformer or text encoder."""
     place = flux()
     assert plan(place).peak_bytes == max(4 * 12 + 6 * 6, 4 * 6 + 6 * 3), "four networks of three weights"
     safetensors(place / "transformer" / "diffusion_pytorch_model.safetensors", num_values=100)

@@ -1,4 +1,4 @@
-"""`safelight fetch`: what is copied, what is refused, what is left behind."""
+"""`safelight fetch`: copied files, refused files, and files that remain after a failure."""
 
 from __future__ import annotations
 

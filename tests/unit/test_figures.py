@@ -1,4 +1,4 @@
-"""Metrics read back: values by label, quantiles of histograms."""
+"""Reading values back from metrics: by label, and quantiles of histograms."""
 
 from __future__ import annotations
 

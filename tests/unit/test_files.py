@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def put_something_else(path: Path, kind: str) -> str:
-    """Puts what is no regular file in the place of a file. Returns how it is called."""
+    """Replaces a file by something that is not a regular file. Returns its description."""
     path.unlink(missing_ok=True)
     match kind:
         case "FIFO":
@@ -130,7 +130,7 @@ def test_a_broken_file_is_logged_once_and_the_old_content_stays(file: Path, brok
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when no descriptor is free: a revoked key does not stay good for ever. Each failure is told once."""
+    """For example if no file descriptor is free: a revoked key must not stay valid. Each failure is logged once."""
     watched = WatchedFile(file, parse, "words")
 
     def look(error: int | None) -> None:
@@ -152,7 +152,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(file: Path, monkeypatch: p
 
 
 async def test_a_changed_file_is_read_off_the_loop(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that hangs holds up nothing: the loop runs on while the file is read."""
+    """A hanging disk must not block the event loop."""
     monkeypatch.setattr(files, "LOOK_EVERY_S", 0.001)
     watched = WatchedFile(file, parse, "words")
     reading, answer = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""One picture, one fingerprint; whatever decides a bit is in it, and keys differ by tenant."""
+"""Fingerprints contain everything that decides a bit of the picture, and keys differ by tenant."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ OTHERS = {
 }
 """Another value for each field that decides pixels."""
 SILENT = {"model", "revision", "prompt", "negative_prompt"}
-"""What the pipeline digest and the token ids stand for."""
+"""Fields that the pipeline digest and the token ids represent."""
 
 
 @pytest.fixture(scope="module")

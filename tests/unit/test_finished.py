@@ -18,7 +18,7 @@ TTL_S, MAX_ENTRIES, MAX_BYTES = 10.0, 4, 100
 
 @dataclass(eq=False)
 class Ended:
-    """What is looked at of a generation that has ended."""
+    """The part of an ended generation that is used."""
 
     identifier: str
     tenant: str = "lab"

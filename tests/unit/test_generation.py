@@ -1,4 +1,4 @@
-"""A generation as it is shown while another replica owns it."""
+"""Generations that another replica owns (mirrors)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.streams import NONE, PICTURE, RAW, SPEC, Clock
 
 
 def mirror(num_outputs: int) -> Generation:
-    """What another replica owns."""
+    """A generation that another replica owns."""
     request = SimpleNamespace(
         spec=replace(SPEC, seeds=tuple(range(num_outputs))), priority=Priority.STANDARD, held_bytes=0
     )
@@ -38,7 +38,7 @@ def mirror(num_outputs: int) -> Generation:
 
 @given(texts=st.lists(st.text(max_size=300), max_size=16, unique=True), prompt=st.text(max_size=2000))
 def test_what_it_holds_is_counted_with_what_the_client_wrote(texts: list[str], prompt: str) -> None:
-    """At least what CPython says, also after protobuf has left its UTF-8 at the strings."""
+    """At least the size that CPython reports, also after protobuf has cached the strings' UTF-8."""
     labels = {text: text[::-1] for text in texts}
     request = Request(
         replace(SPEC, prompt=prompt), NONE, RAW, Priority.STANDARD, DisconnectPolicy(False, 0), labels=labels
@@ -69,7 +69,7 @@ def test_what_its_outputs_came_to_here_goes_when_their_owner_has_decided() -> No
 
 
 async def test_a_deadline_decides_nothing_while_the_lease_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process may have slept, and another replica gone on with it."""
+    """This process may have been frozen while another replica took over."""
     monkeypatch.setattr(generations, "DECIDE_RETRY_S", 0.001)
     generation = mirror(1)
     generation.owned, generation._late = True, lambda: DeadlineExceededError("late")

@@ -1,4 +1,4 @@
-"""The scenarios of ghz: how they are scaled, and what counts as unexpected."""
+"""ghz scenarios: how they are scaled, and which statuses are unexpected."""
 
 from __future__ import annotations
 

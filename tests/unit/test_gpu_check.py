@@ -1,4 +1,4 @@
-"""deploy/gpu/check, without a GPU: its options, the commands that it would run, what it compares and prints."""
+"""deploy/gpu/check without a GPU: its options, the commands that it would run, its comparison and its table."""
 
 from __future__ import annotations
 

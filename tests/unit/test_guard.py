@@ -1,4 +1,4 @@
-"""The text guard: a red potion never answers for a blue one, and other words for the same do."""
+"""The text guard: a picture of a red potion never serves a blue one, but synonyms are served."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_captions_agree_if_and_only_if_they_ask_for_the_same_icon(icons, seed):
 
 
 def _changed(spec: Spec, rng: random.Random) -> Spec:
-    """The spec with one thing changed, or wholly another."""
+    """The spec with one fact changed, or a completely different one."""
     field, values = rng.choice(
         [
             ("object", list(OBJECTS)),
@@ -157,6 +157,6 @@ def test_words_that_mean_two_things_or_nothing_are_refused(groups):
 
 
 def test_quotes_that_are_never_closed_cost_no_more_than_their_length():
-    """Read again from each of them, these would take minutes."""
+    """If the text were scanned again from each quote, these would take minutes."""
     for quote in "\"“„«‘'":
         assert Guard().facts(quote * 100_000 + " potion") == Guard().facts(quote * 100_000 + " potion")

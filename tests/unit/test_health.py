@@ -1,4 +1,4 @@
-"""Health: each watcher hears each change, whoever leaves meanwhile."""
+"""Health: each watcher gets each change, even if others leave meanwhile."""
 
 from __future__ import annotations
 

@@ -21,13 +21,28 @@ PARTICIPLES = {
     *("Opened", "Owed", "Planned", "Prepared", "Purged", "Read", "Rendered", "Reported", "Saved", "Seen", "Sent"),
     *("Served", "Shown", "Started", "Stored", "Suspended", "Taken", "Told", "Waited", "Wanted", "Watched", "Written"),
 }
-"""Names that say what was done and not what it is: `Finished` and its like in domain/events.py are the contract's."""
+"""Names that say what was done and not what a thing is. Those in domain/events.py, such as `Finished`, are the API's."""
 
 DIALECT = re.compile(
     r"\b(?:none any more|(?:is|are|stands?) in line|is told of|what is told|goes on with it"
     r"|DESIGN|tells nothing of)\b"
 )
 """Phrases of an earlier private dialect. Say who does what, in words of the field: queued, requested, reported."""
+
+ELSEWHERE = re.compile(
+    DIALECT.pattern + r"|\b(?:looks? away|asks? by TLS|at the pace of the|whoever asks|for want of room)\b"
+)
+"""The same outside of the server: also phrases that were repeated in proto comments, clients, tools and tests."""
+COMMENTED = {
+    "proto/safelight": {".proto"},
+    "clients": {".c", ".cc", ".cs", ".go", ".h", ".java", ".lua", ".py", ".rs", ".ts"},
+    "deploy": {".json", ".md", ".py", ".tf", ".tpl", ".yaml", ".yml"},
+    "docs/operations/runbooks": {".md"},
+    **{folder: {".py"} for folder in ("examples", "load_tests", "tests", "tools", "training")},
+}
+"""Folders and the files in them whose comments people read."""
+NOT_OURS = {"node_modules", "stubs", "safelightv1", "target", "build", "bin", "obj", "dist", "__pycache__"}
+"""Folders of generated files, builds and packages."""
 
 
 def sources() -> dict[str, ast.Module]:
@@ -40,7 +55,7 @@ def sources() -> dict[str, ast.Module]:
 
 
 def classes() -> Iterator[tuple[str, str]]:
-    """Every class and the module that defines it."""
+    """Every class with the module that defines it."""
     for module, tree in sources().items():
         yield from ((node.name, module) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
 
@@ -53,7 +68,7 @@ def repeated(named: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def imports(module: str, tree: ast.Module, modules: set[str]) -> Iterator[str]:
-    """The server's modules that a module imports when it is loaded or called; what only type checkers read is none."""
+    """The server's modules that a module imports when it is loaded or called; imports for type checkers do not count."""
     typing_only = {
         node
         for guard in ast.walk(tree)
@@ -75,7 +90,7 @@ def imports(module: str, tree: ast.Module, modules: set[str]) -> Iterator[str]:
 
 
 def cycle(arrows: dict[str, set[str]]) -> list[str]:
-    """A round trip along the arrows; empty where there is none."""
+    """A cycle of the arrows; empty if there is none."""
     done: set[str] = set()
 
     def search(node: str, path: list[str]) -> list[str]:
@@ -137,6 +152,24 @@ def test_prose_is_in_the_words_of_the_field():
     assert found == set()
 
 
+def commented() -> Iterator[tuple[str, str]]:
+    """Files outside of the server by their paths, with one space between words and without marks of comments."""
+    root = PACKAGE.parent.parent
+    for folder, suffixes in COMMENTED.items():
+        for where, folders, names in os.walk(root / folder):
+            folders[:] = [name for name in folders if name not in NOT_OURS]
+            for file in (Path(where, name) for name in names if Path(name).suffix in suffixes):
+                if file != Path(__file__):
+                    yield str(file.relative_to(root)), re.sub(r"[\s/*#]+", " ", file.read_text())
+
+
+def test_prose_outside_of_the_server_is_in_the_words_of_the_field():
+    files = dict(commented())
+    assert {name.split("/")[0] for name in files} == {folder.split("/")[0] for folder in COMMENTED}
+    found = {f"{name}: {match[0]}" for name, text in files.items() if (match := ELSEWHERE.search(text))}
+    assert found == set()
+
+
 def wall_clocks(tree: ast.Module) -> list[str]:
     """The calls that read this machine's clock."""
     calls = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
@@ -144,7 +177,7 @@ def wall_clocks(tree: ast.Module) -> list[str]:
 
 
 def test_what_replicas_write_is_in_the_time_of_their_redis():
-    """Code that needs Unix time is given it: `Sealer.now`, which is the shared clock."""
+    """Code that needs Unix time gets it from the shared clock (`Sealer.now`)."""
     assert {name: found for name, tree in sources().items() if (found := wall_clocks(tree))} == {}
 
 
@@ -159,6 +192,7 @@ def test_the_rules_can_be_broken():
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) == []
     said = prose('"""It is\nin line."""\nX = 1  # none any more\n"""Queued."""\n')
     assert [bool(DIALECT.search(text)) for text in said] == [True, False, True]
+    assert [bool(ELSEWHERE.search(text)) for text in ("It looks away.", "is in line", "Queued")] == [True, True, False]
     tree = ast.parse(
         "from safelight_server.cache import cache\nimport grpc\n"
         "if TYPE_CHECKING:\n    from safelight_server.cli import main"

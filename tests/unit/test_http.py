@@ -1,4 +1,4 @@
-"""What HTTP makes of a request and of an error, without a server."""
+"""The HTTP API's conversion of requests and errors, without a server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def message(**parameters: object) -> pb.GenerateRequest:
 
 
 def refused(**parameters: object) -> dict[str, str]:
-    """The parameters that are refused, with what is said of each."""
+    """The refused parameters, with the message for each."""
     try:
         resolve_request(message(**parameters), CATALOG, LIMITS)
     except SafelightError as error:
@@ -47,7 +47,7 @@ def refused(**parameters: object) -> dict[str, str]:
 
 
 def named(error: SafelightError) -> dict[str, str]:
-    """What a client is told of each parameter."""
+    """The messages for each parameter that a client gets."""
     violations = error_body(in_parameters(status_of(error)))["error"]["safelight"]["violations"]
     return {one["param"]: one["message"] for one in violations}
 
@@ -197,7 +197,7 @@ def test_whatever_is_sent_is_taken_or_refused_with_names(sent):
 
 
 def test_a_key_decides_what_the_server_chooses():
-    """So the same request is the same message when it is sent again."""
+    """Therefore the same request becomes the same message when it is sent again."""
 
     def keyed(key: str, **parameters: object) -> pb.GenerateRequest:
         return generate_request(parse(json.dumps({"prompt": "x", "n": 3} | parameters).encode()), CATALOG, key)[0]

@@ -1,4 +1,4 @@
-"""Who asks: by key where keys are asked for, else by name or address; the key file can change under way."""
+"""Callers are identified by key if keys are required, else by name or address; the key file may change."""
 
 from __future__ import annotations
 

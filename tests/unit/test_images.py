@@ -1,4 +1,4 @@
-"""Uploaded pictures: kept for their tenant, for a while, within its bytes, and where replicas share, for all of them."""
+"""Uploaded pictures are kept for their tenant, for a time, within its bytes, and for all replicas that share a store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TTL_S = 600.0
 
 
 class Stage:
-    """The pictures of two replicas that share a store, each with a memory of its own."""
+    """The pictures of two replicas that share a store; each also has its own memory."""
 
     def __init__(self, *, shared: bool = True, max_tenant_bytes: int = 1 << 20, memory_bytes: int = 1 << 20) -> None:
         self.now = 1000.0

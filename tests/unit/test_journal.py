@@ -1,4 +1,4 @@
-"""What streams see is written first; an outage holds nothing up and loses nothing."""
+"""The journal writes events before streams get them; an outage of Redis delays and loses nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "x"
 
 
 class Desk:
-    """A journal, and what came of it."""
+    """A journal and its effects."""
 
     def __init__(self, coordinator: Outages, leader: Leadership) -> None:
         self.coordinator = coordinator
@@ -150,7 +150,7 @@ async def test_a_long_outage_leaves_no_gap_and_what_has_ended_is_given_up(
 async def test_what_cannot_be_written_at_all_is_given_up_and_the_lease_with_it(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception that nobody has thought of; else the lease would be renewed for ever."""
+    """After an unforeseen exception too; otherwise the lease would be renewed for ever."""
     monkeypatch.setattr(journal_rules, "GIVE_UP_S", 0.05)
 
     async def put(index: int, picture: EncodedPicture) -> bool:
@@ -169,7 +169,7 @@ async def test_what_cannot_be_written_at_all_is_given_up_and_the_lease_with_it(
 
 
 async def test_a_picture_that_was_stored_by_one_who_is_no_owner_any_more_is_not_shown(desk: Desk) -> None:
-    """It slept meanwhile: nothing fences what it stores, and the new owner may end the output without a picture."""
+    """It was frozen meanwhile: no fencing protects the store, and the new owner may end the output without a picture."""
     leader = desk.journal._leader
     put, gate = desk.journal._put, asyncio.Event()
 

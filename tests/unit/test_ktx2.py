@@ -1,4 +1,4 @@
-"""Textures: what the file says, and what its blocks show. Another reader of KTX 2.0 is in tests/tools/test_ktx.py."""
+"""Textures: the header of the file and its decoded blocks. tests/tools/test_ktx.py has another reader of KTX 2.0."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def level(file: bytes) -> bytes:
 
 
 def texels(file: bytes, texture_format: TextureFormat) -> np.ndarray:
-    """What a graphics card samples, (height, width, 3) of the whole blocks: Pillow decodes them, as a DDS file."""
+    """Decodes the blocks as a GPU would, to (height, width, 3), by Pillow's reader of DDS files."""
     width, height = (-(-one // 4) * 4 for one in struct.unpack_from("<2I", file, 20))
     pixel_format = struct.pack("<2I4s5I", 32, 4, b"DX10", 0, 0, 0, 0, 0)
     header = (

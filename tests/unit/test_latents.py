@@ -1,4 +1,4 @@
-"""Slots of tensors: what one output does never shows in another."""
+"""Slots of tensors: outputs never affect each other's latents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def context(value):
 
 
 def predict(sample, timestep):
-    """A stand-in denoiser: any function of a row alone."""
+    """A fake denoiser: some function of each row alone."""
     return (np.tanh(sample) * (timestep[:, None, None, None] / 999)).astype(np.float32)
 
 
@@ -206,7 +206,7 @@ def test_each_input_of_a_denoiser_has_its_source():
 
 
 def develop_together(kinds, steps=6):
-    """The latents after all steps, of outputs with these arguments of `claim` that share their batches."""
+    """The latents after all steps of outputs that share their batches; `kinds` are the arguments of `claim`."""
     latents = Latents(len(kinds), SHAPE, CONTEXTS, 50)
     slots = [latents.claim(table("ddim"), 7, 5.0, [context(1), context(0)], **kind) for kind in kinds]
     for at in range(steps):
@@ -228,7 +228,7 @@ def test_kinds_of_guidance_in_one_batch_are_as_alone():
 
 
 def test_a_step_outside_of_the_interval_is_one_without_guidance():
-    """Whatever the unconditional row of the slot holds from an earlier step."""
+    """The unconditional row of the slot, which holds values of an earlier step, must have no effect."""
     latents = Latents(2, SHAPE, CONTEXTS, 50)
     limited = latents.claim(table(), 1, 3.0, [context(1), context(0)], guided_steps=range(1))
     plain = latents.claim(table(), 1, 3.0, [context(1), context(0)])

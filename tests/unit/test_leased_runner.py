@@ -1,4 +1,4 @@
-"""One execution wherever it runs: two replicas in this process, with a coordinator and a tier that both see."""
+"""Executions of two replicas in this process that share a coordinator and a tier."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NAME, POINTER = "ab01.exact", "ab01/picture/exact.pixels"
 
 
 class Recorder(ExecutionObserver):
-    """Keeps checkpoints as the cache does."""
+    """Keeps checkpoints, like the cache."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
@@ -62,7 +62,7 @@ class Recorder(ExecutionObserver):
 
 
 class Replica:
-    """An engine whose steps the test lets through, and its flights."""
+    """A replica: an engine whose steps the test lets pass, and its leased runner."""
 
     def __init__(self, coordinator: Outages, tiers: Tiers, sealer: Sealer, keyring: Keyring) -> None:
         self.stage = Stage()
@@ -112,7 +112,7 @@ class Pair:
         self.keyring = Keyring.random()
         self.sealer = Sealer(self.keyring)
         self.store = MemoryStore(1 << 24)
-        self.store.name = "redis"  # type: ignore[misc]  # it plays the shared tier
+        self.store.name = "redis"  # type: ignore[misc]  # so that it counts as the shared tier
         metrics = TierMetrics(CollectorRegistry())
         tiers = [Tiers([Tier(self.store, shared=True)], self.sealer, metrics) for _ in range(2)]
         self.one, self.other = (Replica(self.coordinator, each, self.sealer, self.keyring) for each in tiers)
@@ -132,7 +132,7 @@ async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
 
 
 async def alone() -> Pixels:
-    """The picture of one that nothing disturbs."""
+    """The picture of an undisturbed execution."""
     stage = Stage()
     member, execution = Member(), stage.execution()
     execution.join(member)
@@ -195,13 +195,13 @@ async def test_a_dead_leader_is_replaced_from_the_newest_checkpoint(pair: Pair) 
     await pair.one.step(first, 3)
     second.join(follower)
     assert pair.one.leased_runner is not None and pair.one.leased_runner._leader is not None
-    pair.one.leased_runner._leader._renewals.cancel()  # it renews no more, as a dead process
+    pair.one.leased_runner._leader._renewals.cancel()  # it stops renewing, like a dead process
     pair.other.run()
     await eventually(lambda: follower.picture is not None)
     assert follower.picture is not None
     assert np.array_equal(follower.picture.pixels, await alone())
     assert follower.counted == STEPS - 2
-    pair.one.run()  # it was only frozen: its members have their picture, nobody pays twice
+    pair.one.run()  # it was only frozen: its members get their picture, and nobody is billed twice
     await eventually(lambda: leader.picture is not None)
     await until(lambda: asyncio.sleep(0, not pair.one.leased_runners._tasks))
     assert len(await pair.bills()) == 1
@@ -245,7 +245,7 @@ async def developed_without_the_service(pair: Pair) -> None:
 
 
 async def test_a_lease_that_nobody_knows_of_delays_the_commit_only(pair: Pair) -> None:
-    """It was taken for a call whose answer was lost; nobody will ever commit under it."""
+    """The answer to the call that took the lease was lost, so nobody will ever commit under it."""
     await developed_without_the_service(pair)
     assert await LocalCoordinator.acquire(pair.coordinator, NAME, "ghost", TTL_S) is not None
     pair.coordinator.out = False
@@ -308,7 +308,7 @@ async def test_without_the_service_for_too_long_the_result_is_discarded(
 
 
 async def test_a_picture_that_cannot_be_had_now_is_not_gone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its result stays committed, and whoever develops it again meanwhile bills nobody."""
+    """Its result stays committed, and an execution that develops it again meanwhile is not billed."""
     first, execution = Member(), pair.one.execution()
     execution.join(first)
     pair.one.run()
@@ -359,7 +359,7 @@ async def test_failure_lets_those_who_follow_try_themselves(pair: Pair) -> None:
 
 @pytest.mark.parametrize("what", ["acquire", "result"])
 async def test_what_nobody_has_thought_of_ends_the_output_and_not_only_its_task(pair: Pair, what: str) -> None:
-    """Else its generation would wait for ever."""
+    """Otherwise its generation would wait for ever."""
 
     async def raising(*_: object) -> None:
         raise ValueError("a malformed answer")

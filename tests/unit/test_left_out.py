@@ -1,4 +1,4 @@
-"""A pipeline that cannot be served is left out with its reason, and the others are served; a setting makes it fatal."""
+"""A pipeline that cannot be served is reported with its reason, and the others are served; a setting makes it fatal."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_open_axes_are_those_of_each_size(tmp_path: Path) -> None:
 async def test_a_batch_is_offered_if_it_is_bit_equal_at_every_size() -> None:
     async def call(inputs: dict) -> dict:
         sample = inputs["sample"]
-        drift = sample.shape[2] == 12 and len(sample) > 4  # as if another kernel took over for large batches
+        drift = sample.shape[2] == 12 and len(sample) > 4  # as if large batches used another kernel
         return {"prediction": sample + (1 if drift else 0)}
 
     inputs = [[InputSpec("sample", (4, 8, 8))], [InputSpec("sample", (4, 12, 8))]]

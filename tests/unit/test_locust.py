@@ -1,4 +1,4 @@
-"""What the users of locust ask for, and from which preview on a picture counts as recognisable."""
+"""The prompts of Locust's users, and the preview from which a picture counts as recognisable."""
 
 from __future__ import annotations
 

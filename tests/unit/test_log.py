@@ -1,4 +1,4 @@
-"""Log lines: whoever writes one, it is one, and nothing happens where it cannot be written."""
+"""Logging: each record is exactly one line, whatever it contains, and a failing write has no effect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def close_handler() -> None:
 
 @pytest.fixture
 def restored(monkeypatch):
-    """The configuration of all logging is after the test as it was before."""
+    """Restores the configuration of all logging after the test."""
     before, root = structlog.get_config(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
@@ -56,7 +56,7 @@ def restored(monkeypatch):
 
 @contextlib.contextmanager
 def stderr_is(file: int):
-    """While the block runs, what is written to stderr goes to another file."""
+    """Redirects stderr to another file during the block."""
     before = os.dup(2)
     os.dup2(file, 2)
     try:
@@ -91,7 +91,7 @@ def test_a_line_that_cannot_be_written_changes_nothing_for_who_logs(tmp_path, lo
 
 
 def full_pipe() -> tuple[int, int]:
-    """A pipe that takes not one byte more. Returns its two ends."""
+    """A pipe whose buffer is full. Returns its two ends."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     for size in (1 << 16, 1):
@@ -192,7 +192,7 @@ def test_nor_for_the_end_of_the_process():
 
 
 FORGED = '\n{"event": "keys_reloaded", "level": "info"}\x1b[2J\u2028'
-"""What someone may send who wants a line of the log to be his."""
+"""Input of an attacker who wants to write log lines of his own."""
 
 
 def write_all_kinds() -> None:
@@ -251,7 +251,7 @@ def test_on_a_console_nobody_moves_the_cursor_or_begins_a_line(capfd, monkeypatc
 
 
 def test_grpc_writes_no_lines_of_its_own():
-    """Its core would: a client that does not speak TLS is enough. It looks at the variable when it is imported."""
+    """gRPC's core would, for example if a client does not speak TLS. It reads the variable when it is imported."""
     code = "import os; import safelight_server.cli.main; print(os.environ['GRPC_VERBOSITY'])"
     env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin"}
     for given, there in (({}, "NONE"), ({"GRPC_VERBOSITY": "INFO"}, "INFO")):

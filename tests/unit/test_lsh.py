@@ -1,4 +1,4 @@
-"""What is found has the cosine asked for, in its scope; near vectors are found; everything is bounded."""
+"""The LSH index: matches have the requested cosine and scope; near vectors are found; memory is bounded."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ async def test_candidates_are_bounded():
 )
 @settings(deadline=None)
 async def test_the_store_in_memory_does_what_sets_would_do(steps, limit):
-    """Adds to the buckets given, replacing what is there; without buckets, removes. Two dimensions, rows used again."""
+    """Adds an item to buckets, replacing its old entries; without buckets removes it. Two dimensions; rows are reused."""
     store, model = MemoryBuckets(4), {}
     for number, (item, buckets, dimension) in enumerate(steps):
         model.pop(f"{item}", None)

@@ -1,4 +1,4 @@
-"""The metrics: whose series there are, and which are there before anything has happened."""
+"""The metrics: their series, and series that exist before anything has happened."""
 
 from __future__ import annotations
 

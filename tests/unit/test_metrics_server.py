@@ -28,7 +28,7 @@ async def serving_metrics(**limits: float):
 
 
 async def exchange(port: int, request: bytes) -> tuple[bytes, bytes]:
-    """Status line and body of an answer; empty where the connection was closed without one."""
+    """Status line and body of an answer; empty if the connection was closed without one."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     try:

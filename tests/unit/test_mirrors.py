@@ -1,4 +1,4 @@
-"""Generations of other replicas as they are shown here."""
+"""Mirrors: generations of other replicas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["pair"]
 async def test_an_owner_that_waits_for_a_stream_is_told_again_of_the_one_here(
     pair: Pair, state: GenerationState, *, watched: bool
 ) -> None:
-    """It may be a new owner, which did not hear it when it was said."""
+    """A new owner may have missed the first notification."""
     replica = pair.one
     mirrors = Mirrors(replica.context, Mock(), Mock(), replica.owners, "me")
     generation = mirror(1)
@@ -52,7 +52,7 @@ async def test_a_bug_ends_the_streams_and_not_only_the_task(pair: Pair) -> None:
 async def test_what_its_owner_has_forgotten_is_not_adopted(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
-    """It accepted it as LOCAL, since the answer to the writing of its record was lost, and ended it."""
+    """The answer to writing its record was lost, so the owner accepted it as LOCAL, and has ended it."""
     host, planner = Mock(), Mock()
     planner.digest.return_value = ""
     mirrors = Mirrors(pair.other.context, host, planner, pair.other.owners, "me")

@@ -1,4 +1,4 @@
-"""config.pbtxt: what is read of it, and what is refused."""
+"""Reading config.pbtxt, and refusing invalid ones."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ BAD = (np.nan, np.inf, -np.inf)
 
 
 def overflow(runtime: GatedRuntime, value: float) -> None:
-    """Its decoder gives one such value from now on."""
+    """Makes the decoder return one such value from now on."""
     run = runtime.run
 
     async def poisoned(instance, model, component, inputs):  # type: ignore[no-untyped-def]  # as the protocol
@@ -55,7 +55,7 @@ async def test_alone_the_output_fails() -> None:
     await stage.step(execution, STEPS)
     await eventually(lambda: isinstance(member.error, InternalError))
     assert member.picture is None
-    assert stage.executions.find("same") is None, "whoever asks again has it developed anew"
+    assert stage.executions.find("same") is None, "a later request must develop it again"
     await stage.engine.close()
 
 

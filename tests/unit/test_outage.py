@@ -61,7 +61,7 @@ class Flaky(SimulatedRuntime):
 
 
 class Listener(ExecutionObserver):
-    """Notes what it hears."""
+    """Records its reports."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -218,7 +218,7 @@ async def test_an_embedding_that_is_asked_for_while_its_last_output_ends_is_enco
     runtime.set_live()
     submit(engine)
     asked = asyncio.create_task(engine.encode(simulated_pipeline(), (0,) * 16))
-    await asyncio.sleep(0)  # it asks, and is heard in the turn after
+    await asyncio.sleep(0)  # its request is handled in the next turn
     engine.cancel(1)
     runtime.set_live(0)
     assert (await asked).keys() == {"last_hidden_state"}

@@ -1,4 +1,4 @@
-"""Outputs, between their generation and what develops them."""
+"""Outputs, which link a generation with executions."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def step(output, clock, steps, seconds):
 
 
 def test_the_pace_is_that_of_the_steps_it_has_seen(output, clock):
-    clock.now = 100.0  # it has waited for its place
+    clock.now = 100.0  # it has waited in the queue
     output.started()
     step(output, clock, 2, 4.0)
     assert output.seconds_per_step == 2.0
 
 
 def test_steps_that_were_made_before_it_came_do_not_count(output, clock):
-    """Whether it starts from another's latent, or joins an identical output that is on its way."""
+    """Whether it starts from another output's latent, or joins an identical output that is being developed."""
     clock.now = 100.0
     output.joined(15)
     clock.now = 110.0
@@ -61,13 +61,13 @@ def generation() -> Mock:
 
 
 def end(output: Output, how: str) -> None:
-    """As an execution does."""
+    """Ends the output as an execution does."""
     output.failed(InternalError()) if how == "failed" else output.expired()
 
 
 @pytest.mark.parametrize("how", ["failed", "expired"])
 def test_what_ends_an_execution_is_heard_once(generation, clock, how):
-    """Its generation ends all its outputs with the first that hears; the others have left when their turn comes."""
+    """The generation ends all its outputs with the first report; the others have left when theirs comes."""
     output = Output(generation, 0, 7, clock)
     output.enter(Mock())
     end(output, how)

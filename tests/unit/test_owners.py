@@ -1,4 +1,4 @@
-"""What the owner of a generation holds: who may take its request id, and what it settles at the end."""
+"""The owner of a generation: who may take over its request id, and what it does at the end."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def generation(name: str, body: bytes = b"body") -> Generation:
 
 
 class Reading(Outages):
-    """Reads nothing of a stream, so many times."""
+    """Reads nothing of a stream, for a number of times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Reading(Outages):
 
 
 class Replica:
-    """One side of it, with nothing to plan."""
+    """One of the two replicas, without a planner."""
 
     def __init__(self, coordinator: Reading) -> None:
         self.sealer = Sealer(KEYS)
@@ -92,7 +92,7 @@ class Replica:
         return self.owners._own[generation.identifier]
 
     def sleep(self, generation: Generation) -> None:
-        """It renews no more."""
+        """Stops renewing the lease, like a frozen process."""
         self.own(generation).leader._renewals.cancel()
 
 
@@ -158,7 +158,7 @@ async def test_who_sleeps_before_it_accepts_never_accepts(pair: Pair) -> None:
 
 
 async def test_what_was_accepted_in_the_last_moment_keeps_its_request_id(pair: Pair) -> None:
-    """Its record came between the look for it and the end of its lease."""
+    """Its record was written after the check for it and before the end of its lease."""
     first, second = generation("a"), generation("b")
     assert await pair.one.owners.enroll(first) is None
     await pair.one.owners.record(first, [])
@@ -249,7 +249,7 @@ async def test_closing_gives_back_what_is_owned_though_leases_are_lost_meanwhile
 
 @pytest.mark.parametrize("adopted", [True, False])
 async def test_what_was_written_without_an_answer_counts_as_another_has_ended_it(pair: Pair, *, adopted: bool) -> None:
-    """Its record is there, so that another replica may have gone on with it, though it was accepted as LOCAL."""
+    """Its record exists, so another replica may have taken over, although it was accepted as LOCAL."""
     one, publish = generation("a"), pair.coordinator.publish
 
     async def deaf(lease: Lease, data: bytes) -> str:
@@ -266,7 +266,7 @@ async def test_what_was_written_without_an_answer_counts_as_another_has_ended_it
         taken: list[Leadership] = []
         await until(lambda: _into(taken, Leadership.take(pair.coordinator, own.name, TTL_S)))
     else:
-        pair.coordinator._executions.clear()  # the service came back without its memory: nobody else has it
+        pair.coordinator._executions.clear()  # the service has lost its data, so nobody else has it
     pair.one.owners.settle(one, retryable=False)
     await eventually(lambda: not pair.one.owners._ending)
     assert pair.one.host.moved.called == adopted
@@ -290,7 +290,7 @@ async def test_what_was_enrolled_before_redis_lost_its_memory_is_bound_again(pai
 
 @pytest.mark.parametrize("answered", [True, False])
 async def test_what_is_let_go_is_free_for_others(pair: Pair, *, answered: bool) -> None:
-    """Also where its record was written without an answer, so that it has no journal: others have found it."""
+    """Also if the answer to writing its record was lost, so that it has no journal: others have found the record."""
     one = generation("a")
     await pair.one.owners.enroll(one)
     if answered:

@@ -1,4 +1,4 @@
-"""The rules of ownership: golden scripts (`REWRITE=1` writes their traces anew), the table, what no input may lead to."""
+"""The rules of ownership: golden scripts (`REWRITE=1` writes their traces again), the table, and forbidden results."""
 
 from __future__ import annotations
 

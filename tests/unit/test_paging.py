@@ -1,4 +1,4 @@
-"""Pages cover the list once, in order, and only tokens that were given out go on."""
+"""Pages cover the list once, in order, and only tokens that the server made continue it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encodings: what goes in comes out, in every layout a texture may want."""
+"""Encodings keep the pixels, in every layout that textures need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Around the denoiser: scaling, rounding, and the linear preview's layout."""
+"""The arithmetic around the denoiser: scaling, rounding, and the linear preview's layout."""
 
 from __future__ import annotations
 

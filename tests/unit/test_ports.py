@@ -1,4 +1,4 @@
-"""Ports for tests: what is given is given to nobody else while the process lives."""
+"""Ports for tests: a port is given to only one process while that lives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def given(monkeypatch) -> int:
-    """A port that this process has, and that alone could be given."""
+    """A port that this process has, made the only candidate."""
     port = ports.free_port()
     monkeypatch.setattr(ports, "PORTS", range(port, port + 1))
     return port

@@ -1,4 +1,4 @@
-"""When a preview is due, what it may cost, and that it is made once."""
+"""When a preview is due, its budget, and that it is made only once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_cadence_by_interval_counts_from_one_sent_to_the_next_made(gaps, interva
     data=st.data(),
 )
 def test_a_budget_is_kept_over_any_time(sizes, rate, at_once, data):
-    """Whatever is sent from any moment on: a second's worth, what time brings, and what was under way."""
+    """Bytes sent from any moment on are at most a second's budget, plus the rate over time, plus one running preview."""
     budget, now, sent, held = Budget(rate, 0.0), 0.0, [], 0
     for size in sizes:
         now += data.draw(st.floats(0, 0.2))
@@ -126,7 +126,7 @@ def test_auto_takes_the_best_that_the_load_leaves_room_for(wanted, load, has_pre
 
 
 class Decoder:
-    """Counts what it is asked; the image is as large as the simulated runtime's."""
+    """Counts its calls; the image is as large as the simulated runtime's."""
 
     def __init__(self) -> None:
         self.asked: list[Component] = []
@@ -150,7 +150,7 @@ def frame(step: int = 3) -> Frame:
 
 @pytest.fixture
 def made():
-    """A feed, its decoder, and the load it sees."""
+    """A feed, its decoder, and its load."""
     decoder, load = Decoder(), [0.0]
     with ThreadPoolExecutor(2) as pool:
         yield FrameFeed(simulated_pipeline(), decoder, lambda: load[0], pool), decoder, load
@@ -228,7 +228,7 @@ async def test_a_superseded_frame_gives_nothing(made):
 
 
 async def test_a_stream_that_lags_does_not_take_the_place_of_a_newer_frame(made):
-    """The engine decodes the last frame that it was asked for: it is never asked for an older one."""
+    """The engine decodes the frame of the last request, so a request for an older frame is never made."""
     feed, decoder, _ = made
     older, newer = frame(3), frame(5)
     decoder.gate.clear()

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SWITCH = 'os.environ["ORT_DISABLE_TELEMETRY"] = "1"'
 PACKAGES = {"load_tests": "load_tests/__init__.py", "tests": "tests/conftest.py", "training": "training/__init__.py"}
-"""What is imported before every module of a folder."""
+"""The module that is imported before every other module of a folder."""
 
 
 def importers() -> list[Path]:
@@ -60,6 +60,6 @@ def test_help_and_the_runtime_leave_nothing_in_the_home_folder(tmp_path):
 
 
 def environment(home: Path) -> dict[str, str]:
-    """As of a user who has set nothing."""
+    """The environment of a user without any settings."""
     kept = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name and not name.startswith("XDG")}
     return kept | {"HOME": str(home), "PYTHONPATH": f"{ROOT / 'server'}:{ROOT / 'clients/python'}"}

@@ -1,4 +1,4 @@
-"""Whoever is refused is told a time after those before it, and finds room kept when it comes back then."""
+"""A refused caller gets a retry time after those of earlier ones, and finds a reserved place when it retries then."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUTPUT = ScheduledOutput(1, "lab/me", Priority.STANDARD, 20, 1, KEYS, ("p",))
 
 @dataclass
 class Moment:
-    """A class that many tenants fill, of whose outputs one ends each second."""
+    """A class that is full with many tenants' outputs, of which one ends each second."""
 
     waiting: int = 10
 
@@ -52,7 +52,7 @@ class Moment:
 
 @dataclass
 class Room:
-    """Asks at a time; None: let in, else when to come back."""
+    """Requests admission at a time; None: admitted, else the retry time."""
 
     moment: Moment = field(default_factory=Moment)
     promises: Promises = field(default_factory=Promises)

@@ -1,4 +1,4 @@
-"""Cached embeddings of prompts: all outputs of the text encoder that the denoiser is given, or none."""
+"""Cached embeddings of prompts have all outputs of the text encoder that the denoiser needs, or are a miss."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_an_embedding_that_lacks_an_output_is_a_miss(cached):
 
 
 async def test_an_embedding_of_other_numerics_is_not_found(cached):
-    """A runtime of other bits would put them into pictures that promise those of this one."""
+    """Otherwise pictures of this runtime would be computed with the bits of another."""
     prompts, namespace, plain, _ = cached
     assert await prompts.keep(namespace, plain, TOKENS, {"last_hidden_state": HIDDEN}, OWNER)
     others = Prompts(prompts._tiers, encode, lambda _: "other", 60.0)

@@ -1,4 +1,4 @@
-"""Measures of pictures against their definitions, and the sampling of them."""
+"""Measures of pictures, compared with their definitions, and the sampling of pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOISE = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
 
 
 class Later(Executor):
-    """Takes work and does none of it."""
+    """Accepts work and does not do it."""
 
     def submit(self, *_: Any, **__: Any) -> Future[Any]:
         return Future()

@@ -1,4 +1,4 @@
-"""A quantized revision: what it is served as, what it shares with the float one, and the gate that it had to pass."""
+"""Quantized revisions: how they are served, what they share with the float revision, and their quality gate."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ BLACK, GREY = np.zeros((4, 2, 2, 3), np.uint8), np.full((4, 2, 2, 3), 16, np.uin
 
 
 def by_prompt(prompts: Sequence[str], pictures: Pictures) -> np.ndarray:
-    """A judge that sees what is there, and in the first picture how bright it is."""
+    """A fake judge that knows the prompts, but judges the first picture by its brightness."""
     return np.array(
         [
             [prompt, int(picture.mean()) if not at else 0]

@@ -1,4 +1,4 @@
-"""What is written of a generation reads back as it was."""
+"""Records of generations read back as they were written."""
 
 from __future__ import annotations
 

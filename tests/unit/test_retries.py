@@ -1,4 +1,4 @@
-"""A member is given up for what it does alone, never for the company it was in."""
+"""A member fails only if its rows fail alone, never because of others in its batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_both_rows_of_one_output_are_no_company():
 
 def test_a_member_that_fails_alone_is_given_up_at_last():
     attempts = RetryCounter()
-    for _ in range(2):  # what was counted goes with the verdict
+    for _ in range(2):  # counts are cleared with the verdict
         outcomes = [list(attempts.failed(batch(1), FaultOrigin.ROWS, retryable=True)) for _ in range(MAX_ATTEMPTS)]
         assert outcomes == [[]] * (MAX_ATTEMPTS - 1) + [[1]]
 

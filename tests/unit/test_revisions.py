@@ -1,4 +1,4 @@
-"""Revisions in the order in which people count."""
+"""Revisions are in natural order: 1.10 after 1.9."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks print and write."""
+"""The reports that the benchmarks print and write."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_a_manifest_that_is_not_right_says_what(tmp_path, change, named):
 
 
 def test_inputs_decide_pixels_and_the_usual_ones_may_be_left_out(icons):
-    """The digest of a manifest from before there were named inputs is what it was: caches and replicas go on."""
+    """A manifest without named inputs has the same digest as before these existed, so that caches stay valid."""
     manifest = icons.get("").manifest
     spelled = manifest.model_copy(update={"inputs": dict(reversed(STABLE_DIFFUSION_INPUTS.items()))})
     assert catalog.assemble(spelled, {}).digest == icons.get("").digest
@@ -193,7 +193,7 @@ def test_a_second_tokenizer_decides_pixels(icons):
 
 
 def test_the_ids_of_two_tokenizers_stand_one_after_the_other(icons):
-    """SDXL's pad differently, and the second takes words of its own for padding."""
+    """SDXL's tokenizers pad differently, and the second one pads with a real token."""
     at = icons.get("icons").manifest.tokenizer
     [file] = MODELS.glob(f"pipelines/icons/*/{at.file}")
     first = Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
@@ -298,7 +298,7 @@ async def test_a_model_with_an_open_dimension_is_refused_by_its_name(icons, monk
 
 
 async def noisy_by_rows(inputs):
-    """As torch computes: what a row gives depends on its batch, by 1e-6 of the largest value."""
+    """Computes like torch: the result of a row depends on its batch, by 1e-6 of the largest value."""
     rows = len(inputs["latent"])
     return {"image": 2 * inputs["latent"] * np.float32(1 + (rows > 1) * 1e-6)}
 

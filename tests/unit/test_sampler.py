@@ -1,4 +1,4 @@
-"""Samplers without torch: golden trajectories of diffusers, noise vectors, and what must hold for any batch."""
+"""Samplers without torch: golden trajectories of diffusers, noise vectors, and properties of any batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fleets need, where Prometheus does not answer all."""
+"""The scaler's decisions if Prometheus answers only some queries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRIGGER = Trigger("", Policy(utilization=0.5), use_forecast=True)
 
 
 class HalfAnswering:
-    """Knows the load now and no history."""
+    """Answers the present load, but no history."""
 
     async def demand(self, _selector: str) -> Demand:
         return Demand(rate=2.0)
@@ -24,7 +24,7 @@ class HalfAnswering:
 
 
 class Silent(HalfAnswering):
-    """Knows nothing."""
+    """Answers nothing."""
 
     async def demand(self, _selector: str) -> Demand:
         raise PrometheusError("gone")

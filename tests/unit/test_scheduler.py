@@ -1,4 +1,4 @@
-"""The scheduler's rules, one by one: who starts, who shares a batch, who runs where."""
+"""The scheduler's rules, one by one: which output starts, which rows share a batch, which instance runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safelight_server.scheduler.ready import ReadyQueues
 
 
 class Curve:
-    """Calls cost 20 + 1 a row, or as told."""
+    """Calls take 20 + 1 a row, unless the test says otherwise."""
 
     def __init__(self, base: float = 20.0, row: float = 1.0) -> None:
         self.base, self.row = base, row
@@ -29,14 +29,14 @@ def output(identifier, caller="a", priority=Priority.STANDARD, steps=3, rows=1, 
 
 
 def run(s: Scheduler, batches):
-    """Completes batches; the events."""
+    """Completes batches and returns the events."""
     events = [event for batch in batches for event in s.complete(batch.batch_id)]
     s.check_invariants()
     return events
 
 
 def encode(s: Scheduler, instances=(0,)):
-    """Gets the first encodings out of the way."""
+    """Completes the first encodings."""
     while (batches := s.schedule(0, list(instances))) and batches[0].kind is Kind.ENCODE:
         run(s, batches)
     return batches
@@ -275,7 +275,7 @@ def test_what_failed_in_a_line_of_its_own_lets_all_go_first_that_were_ready_befo
     ready.push(other, 3)
     order = []
     while queues := list(ready):
-        queue = min(reversed(queues), key=ready.turn)  # a tie would let the younger line go first
+        queue = min(reversed(queues), key=ready.turn)  # reversed, so that a tie would prefer the younger queue
         [*_, member] = ready.together(queue, 1)
         ready.discard(queue, member)
         order.append(member)

@@ -1,4 +1,4 @@
-"""Nobody waits for the length of others' requests: slots change hands between steps, classes get their weight of time."""
+"""Fairness: slots change between steps, so nobody waits for long requests, and classes get time by their weight."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FOREVER = 100_000
 
 
 class Curve:
-    """A denoiser call costs `base` + `row` for each row; other calls a tenth of that."""
+    """A denoiser call takes `base` + `row` for each row; other calls take a tenth of that."""
 
     def __init__(self, base: float = 20.0, row: float = 1.0) -> None:
         self.base, self.row = base, row
@@ -113,7 +113,7 @@ class World:
 def test_an_interactive_first_preview_takes_twice_its_time_alone_plus_one_call(
     classes, num, instances, running, rows, base, row, warm
 ):
-    """Alone: on one idle instance. On several, the two rows of a step could run side by side."""
+    """The time alone is that on one idle instance; on several, the two rows of a step could run in parallel."""
     curve = Curve(base, row)
     alone_s = World(curve, running=running, rows=rows).first_preview_s(Priority.INTERACTIVE, "us")
     world = World(curve, instances=instances, running=running, rows=rows)
@@ -128,7 +128,7 @@ def test_an_interactive_first_preview_takes_twice_its_time_alone_plus_one_call(
 @settings(max_examples=25, deadline=None)
 @given(hogs=st.integers(1, 12), slots=st.integers(2, 12), callers=st.integers(1, 16), instances=st.integers(1, 3))
 def test_a_caller_gets_a_slot_after_one_step_or_when_turns_are_over(hogs, slots, callers, instances):
-    """Within one class: whatever the others' lengths, their outputs make a bounded number of steps meanwhile."""
+    """Within one class, outputs of others make a bounded number of steps meanwhile, however long they are."""
     world = World(Curve(), running=slots, instances=instances, parked=1000)
     for number in range(callers):
         world.add(Priority.STANDARD, f"hog{number}", hogs)
@@ -222,7 +222,7 @@ def test_first_steps_take_no_slot_of_another_caller_and_none_in_the_other_classe
 @settings(max_examples=8, deadline=None)
 @given(instances=st.integers(1, 2), running=st.integers(13, 32), base=st.floats(0, 50), row=st.floats(0.1, 5))
 def test_classes_that_always_have_work_make_steps_by_their_weight_at_least(instances, running, base, row):
-    """On keys of their own, so that no rows ride along."""
+    """With different keys, so that no rows of other classes share the batches."""
     world = World(Curve(base, row), running=running, instances=instances)
     ids = {priority: world.add(priority, priority.name, 32, key=priority.name) for priority in Priority}
     for _ in range(300):
@@ -275,7 +275,7 @@ def test_a_running_output_can_change_its_class():
 
 
 def test_full_batches_wait_for_a_higher_class():
-    """Work that is sent out before the last results are counted must not take the instance from an interactive step."""
+    """Work that is dispatched before the last results are processed must not delay an interactive step."""
     for priority, goes_out in ((Priority.BATCH, True), (Priority.INTERACTIVE, False)):
         world = World(Curve(), rows=4)
         world.add(Priority.BATCH, "them", 12)

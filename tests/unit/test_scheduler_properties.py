@@ -1,4 +1,4 @@
-"""Whatever arrives, is cancelled, fails or expires in whatever order, the scheduler keeps invariants and bounds."""
+"""The scheduler keeps its invariants and bounds in any order of arrivals, cancellations, failures and deadlines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MAX_ROWS = 6
 
 
 class Curve:
-    """A call costs 20 + 1 a row."""
+    """A call takes 20 + 1 a row."""
 
     def seconds(self, kind: Kind, key: str, rows: int) -> float:
         return 20.0 + rows
 
 
 class Machine(RuleBasedStateMachine):
-    """Drives a scheduler and keeps its own books of what may run."""
+    """Drives a scheduler and keeps its own record of what may run."""
 
     @initialize(instances=st.integers(1, 4), running=st.integers(1, 6), parked=st.integers(0, 6))
     def start(self, instances: int, running: int, parked: int) -> None:
@@ -147,7 +147,7 @@ class Machine(RuleBasedStateMachine):
             self.judge(batch)
 
     def judge(self, batch: Batch) -> None:
-        """What is in line has let one more batch of its class go before it."""
+        """Counts one more batch of its class that went before each queued member."""
         if batch.kind is Kind.PREVIEW:
             return
         table, first = self.scheduler._table, batch.rows[0]
@@ -160,7 +160,7 @@ class Machine(RuleBasedStateMachine):
                 assert self.turns_left[queue, member] >= 0, f"{member} waits in {queue} for those that came after it"
 
     def in_line(self) -> list[tuple[Queue, Member, int]]:
-        """Members that are ready for other than previews, first to last over all lines, and their rows."""
+        """Queued members that are ready for work other than previews, first to last over all queues, and their rows."""
         ready, table = self.scheduler._ready, self.scheduler._table
         lines = [
             (place.turn, number, queue, member)
@@ -194,7 +194,7 @@ class Machine(RuleBasedStateMachine):
             rows for queue, member, rows in self.in_line() if queue[0] is batch.kind and member in batch.members
         )
         for at in self.turns_left:
-            self.turns_left[at] += again  # they are first in line again, with parts of theirs that never left
+            self.turns_left[at] += again  # they are first in the queue again, with their parts that never left it
 
     @rule(seconds=st.floats(0, 30))
     def wait(self, seconds) -> None:
@@ -232,7 +232,7 @@ class Machine(RuleBasedStateMachine):
         line = self.in_line()
         for queue, member, num_rows in line:
             since = self.scheduler._ready._lines[queue][member].turn
-            if self.since.get((queue, member), since) < since:  # it left the line and came back
+            if self.since.get((queue, member), since) < since:  # it left the queue and came back
                 self.turns_left.pop((queue, member), None)
             self.since[queue, member] = since
             self.turns_left.setdefault((queue, member), before[queue.priority])
@@ -240,7 +240,7 @@ class Machine(RuleBasedStateMachine):
         self.turns_left = {(queue, member): self.turns_left[queue, member] for queue, member, _ in line}
 
     def teardown(self) -> None:
-        """When nothing more arrives, everything ends."""
+        """Without further arrivals, everything ends."""
         if not hasattr(self, "scheduler"):
             return
         self.set_instances(max(1, self.instances))
@@ -262,7 +262,7 @@ TestScheduler.settings = settings(
 
 
 def still_in(scheduler: Scheduler, queue: Queue, member: Member, since: dict[tuple[Queue, Member], Turn]) -> bool:
-    """Whether a member stands in a line since it was seen there; else others took its slot, and it begins anew."""
+    """Whether a member has stayed in a queue since it was seen there; if others took its slot, it starts again."""
     place = scheduler._ready._lines.get(queue, {}).get(member)
     return place is not None and place.turn <= since[queue, member]
 
@@ -281,7 +281,7 @@ def test_whoever_breaks_a_batch_goes_down_alone(num_outputs, poison, max_rows, k
     for i in range(num_outputs):
         scheduler.add(ScheduledOutput(i, "me", Priority.STANDARD, 2, 1, keys, (f"p{i}",)), 0.0)
     decoded, failed = set(), set()
-    sizes: dict[Member, int] = {}  # of the last batch of a member, where that failed
+    sizes: dict[Member, int] = {}  # sizes of the last batch of each member, if that failed
     while scheduler.num_outputs:
         [batch] = scheduler.schedule(0.0, [0])
         broken = batch.kind is kind and culprits & set(batch.members)

@@ -1,4 +1,4 @@
-"""Whatever comes, goes and moves, an output that waits starts within the bounds that `waiting.py` states."""
+"""A waiting output starts within the bounds that `waiting.py` states, whatever else arrives, ends or moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEADLINES = st.one_of(st.none(), st.integers(0, 5).map(float))
 
 @dataclass
 class Waiter:
-    """One that waits, and what was granted since it came into its class."""
+    """A waiting output, and the grants to others since it came into its class."""
 
     caller: str
     priority: Priority
@@ -28,7 +28,7 @@ class Waiter:
 
 
 class Machine(RuleBasedStateMachine):
-    """Keeps books of every grant."""
+    """Records every grant."""
 
     def __init__(self) -> None:
         super().__init__()

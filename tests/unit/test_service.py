@@ -1,4 +1,4 @@
-"""The ends of calls that no client can bring about at will."""
+"""Ends of calls that no client can cause on purpose."""
 
 import asyncio
 

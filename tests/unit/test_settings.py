@@ -1,4 +1,4 @@
-"""Settings: all faults at once, safe by default, and a reference page that is current."""
+"""Settings: all faults are reported at once, defaults are safe, and the reference page is current."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_an_empty_variable_is_none_at_all(monkeypatch):
 
 
 def test_a_variable_that_is_almost_a_settings_is_told_and_others_are_left_alone():
-    """The command line's own, those of tests, and what Kubernetes sets for a Service of this name."""
+    """Others are the command line's own, those of tests, and those that Kubernetes sets for a Service of this name."""
     given = ["SAFELIGHT_MODEL_DIR", "SAFELIGHT_REDISURL", "SAFELIGHT_PORT", "SAFELIGHT_TARGET", "SAFELIGHT_API_KEY"]
     given += [
         "SAFELIGHT_CA_FILE",
@@ -192,7 +192,7 @@ def test_errors_are_one_line_and_an_exit_code(arguments, says):
 
 @pytest.fixture
 def taken():
-    """A port that something else listens on."""
+    """A port that is already in use."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         yield other.getsockname()[1]
 
@@ -237,7 +237,7 @@ async def test_a_start_that_fails_leaves_nothing_running(taken, monkeypatch):
 
 
 def test_a_signal_ends_a_start_that_takes_long():
-    """No Triton is there to be found; the start would wait a minute for one."""
+    """There is no Triton; the start would wait a minute for one."""
     command = [
         sys.executable,
         "-m",

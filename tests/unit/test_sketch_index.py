@@ -1,4 +1,4 @@
-"""Neighbours at low cosine are found by short codes, ranked by the exact cosine, and forgotten when they should be."""
+"""Neighbours at low cosine are found by short codes, ranked by the exact cosine, and removed when required."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_row_that_is_used_again_has_the_code_of_its_new_item():
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_whatever_comes_and_goes_a_search_finds_what_is_there(data):
-    """Against a dict; rows are used again, and codes must follow."""
+    """Compares with a dict; rows are reused, and their codes must be updated."""
     made = index(max_items=30, num_ranked=4)
     there: dict[str, np.ndarray] = {}
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))

@@ -1,4 +1,4 @@
-"""Nearer neighbours never save less, and a start is a step that was kept."""
+"""Nearer neighbours never save fewer steps, and a warm start begins at a step that was kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_bands_of_twenty_steps(cosine, step):
 
 @pytest.mark.parametrize("cosine", [0.999, 1.0, 1.0000001])
 def test_the_latent_of_the_same_prompt_begins_nothing(cosine):
-    """It would lead to the same picture, whatever the seed."""
+    """It would lead to the same picture for any seed."""
     assert SkipPolicy().start_step(cosine, 20, range(21)) == 0
     assert SkipPolicy().fraction(cosine) == 0
 

@@ -1,4 +1,4 @@
-"""The notice that a spot instance goes is heard, however the metadata service behaves before it."""
+"""The notice of a spot instance's end is noticed, whatever faults the metadata service had before."""
 
 from __future__ import annotations
 

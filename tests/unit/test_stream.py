@@ -1,4 +1,4 @@
-"""Reliable events complete and in order, the newest of the rest, whatever the interleaving."""
+"""Streams get all reliable events in order, and the newest of the others, with any interleaving."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def test_a_replay_of_one_cancelled_in_the_queue_ends_with_finished(stage):
 
 
 async def test_nothing_follows_finished(stage):
-    """A cancelled generation: its progress, a place in the queue and a preview under way are all too late."""
+    """After a cancellation, progress, a place in the queue and a running preview come too late."""
     stage.accept()
     reader = Reader(stage.log.watch(TINY))
     await reader.take()
@@ -148,7 +148,7 @@ async def test_what_cannot_be_resumed_names_the_field(stage, after, offsets, fie
 
 @pytest.mark.parametrize("offset", [0, 5, len(PICTURE.data), 10 * len(PICTURE.data)])
 async def test_a_client_may_have_more_of_a_picture_than_this_replica_knows_of(stage, offset):
-    """The owner before this one had shown it, and did not come to say so."""
+    """The previous owner had sent it, and ended before it could record that."""
     stage.log.begun_elsewhere = True
     stage.accept()
     reader = Reader(stage.log.watch(LINEAR, 1, {0: offset}))
@@ -161,7 +161,7 @@ async def test_a_client_may_have_more_of_a_picture_than_this_replica_knows_of(st
 
 
 async def test_a_client_may_have_accepted_before_this_replica_knows_of_it(stage):
-    """The owner before this one had sent it, in an outage, and did not come to write it down."""
+    """The previous owner had sent it during an outage, and ended before it could record that."""
     with pytest.raises(InvalidRequestError):
         stage.log.watch(LINEAR, 1)
     stage.log.begun_elsewhere = True
@@ -193,7 +193,7 @@ async def test_streams_share_the_bytes(stage):
 
 
 def test_both_calls_have_the_same_wire_form():
-    """The streams hand on one serialization for either response."""
+    """Streams use the same serialization for both responses."""
     event = pb.GenerationEvent(sequence=3, generation="generations/x", preview=pb.Preview(step=2, data=b"pixels"))
     data = pb.GenerateResponse(event=event).SerializeToString()
     assert pb.WatchGenerationResponse.FromString(data).event == event
@@ -298,7 +298,7 @@ TIMED = PreviewPolicy(encoding=TINY.encoding, method=TINY.method, min_interval_s
 
 
 class Play:
-    """Random publishing and reading, and what must hold of it."""
+    """Publishes and reads at random, and checks the invariants."""
 
     def __init__(self, outputs: int) -> None:
         self.stage = Stage(max_watchers=4)

@@ -1,4 +1,4 @@
-"""The previews of a stream: made only for someone who takes them, newest first, each output in its turn."""
+"""The previews of a stream are made only when it can send them, newest first, with the outputs in turn."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ async def stage():
 
 @pytest.fixture
 async def reader(stage):
-    """Has taken Accepted and waits for more."""
+    """A reader that has taken Accepted and waits for more."""
     reader = Reader(stage.log.watch(TINY))
     await reader.drain()
     return reader
 
 
 async def hold_up(stage, reader) -> None:
-    """Gives the stream something to send that its client does not take away."""
+    """Blocks the stream with an event that its client does not read."""
     stage.queue()
     await settle()
     assert reader.collect() is not None
@@ -70,7 +70,7 @@ async def test_what_comes_while_one_is_made_waits_and_only_the_newest_is_kept(st
 
 
 async def test_what_was_made_is_sent(stage, reader):
-    """A stream that is held up when its preview becomes ready still gets it, and then the newest."""
+    """A stream that is blocked when its preview becomes ready still gets it, and then the newest."""
     stage.decoder.shut = True
     stage.step(1)
     await reader.drain()
@@ -110,7 +110,7 @@ async def test_a_preview_under_way_is_not_sent_once_the_picture_has_begun(stage,
 
 
 async def test_outputs_take_turns(stage, reader):
-    """Under a budget of one preview at a time, one output's newer frames do not push the others back."""
+    """With a budget of one preview at a time, newer frames of one output do not delay the others'."""
     stage.log.update_policy(dataclasses.replace(TINY, max_bytes_per_second=256))
     for step in range(1, 40):
         for output in range(4):

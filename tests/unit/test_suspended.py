@@ -1,4 +1,4 @@
-"""Generations that nobody watches."""
+"""Suspended generations."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.conftest import eventually
 
 @dataclass(frozen=True)
 class Asked:
-    """Of a request, how long it may be resumed."""
+    """A fake request: how long it may be resumed."""
 
     disconnect: DisconnectPolicy
 
 
 @dataclass(eq=False)
 class Generation:
-    """Writes down what becomes of it."""
+    """A fake generation that records what happens to it."""
 
     identifier: str
     grace_s: float = 60.0
@@ -85,7 +85,7 @@ async def test_one_tenants_lost_generations_never_cancel_those_of_another(lost):
 
 
 async def test_one_that_ends_while_it_is_suspended_takes_no_place(lost):
-    """What has just become true is told first, and that may be a failure."""
+    """The latest change is reported first, and that may be a failure."""
     lost.suspend(Generation("failed", ends_by_itself=True))
     assert len(lost) == 0
 

@@ -1,4 +1,4 @@
-"""Quotas of tenants: the operator's file, what is refused and for how long, and going on without Redis."""
+"""Quotas of tenants: the operator's file, refusals and their retry times, and operation without Redis."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bucket(per_s: float, burst: float) -> dict[str, float]:
 
 
 class Redis:
-    """The shared buckets, on the test's clock; may be away."""
+    """The shared buckets, on the test's clock; may be unreachable."""
 
     def __init__(self, clock: Clock) -> None:
         self.buckets = LocalTokenBuckets(clock)

@@ -1,4 +1,4 @@
-"""Shares of tenants: the bound holds, and who holds at most its fair share loses nothing to others."""
+"""Shares of tenants: the bound holds, and a tenant with at most its fair share loses nothing to others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOUND = 100
 
 
 class Machine(RuleBasedStateMachine):
-    """Against a plain model: for each tenant a list of keys, the oldest first."""
+    """Compares with a simple model: for each tenant a list of keys, the oldest first."""
 
     @initialize()
     def start(self) -> None:
@@ -61,7 +61,7 @@ TestMachine.settings = settings(deadline=None, max_examples=100)
 
 @given(shares=st.lists(st.integers(1, 50), min_size=2, max_size=10), rude=st.integers(0, 400))
 def test_who_holds_at_most_its_fair_share_keeps_all_of_it(shares: list[int], rude: int) -> None:
-    """Whatever the first tenant adds, and in whatever sizes the others hold theirs."""
+    """Whatever the first tenant adds, and whatever the sizes of the others' entries."""
     fair = BOUND // len(shares)
     held: TenantShares[tuple[int, int]] = TenantShares(BOUND)
     polite = [min(share, fair) for share in shares[1:]]
@@ -77,7 +77,7 @@ def test_who_holds_at_most_its_fair_share_keeps_all_of_it(shares: list[int], rud
 
 
 def test_the_next_loser_costs_no_walk_over_all_tenants() -> None:
-    """A thousand tenants and ten thousand evictions: what is remembered to find the largest stays in proportion."""
+    """With a thousand tenants and ten thousand evictions, the heap that finds the largest stays in proportion."""
     shares: TenantShares[int] = TenantShares(2_000)
     for tenant in range(1_000):
         shares.add(str(tenant), -1)

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: they fit, whatever its size, and have the right colours and proportions."""
+"""Pictures in a terminal fit any size, with the right colours and proportions."""
 
 from __future__ import annotations
 

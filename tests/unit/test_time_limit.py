@@ -1,4 +1,4 @@
-"""The time limit of a test ends one that waits for ever, within uvloop too. Its alarms are raised here, not waited for."""
+"""The time limit ends a test that waits for ever, also within uvloop. These tests raise its alarms themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import conftest
 
 @pytest.fixture
 def alarm():
-    """Raises the alarm of a limit that is set in place of the test's own."""
+    """Replaces the test's own limit, and raises the alarm of the new one."""
     item = SimpleNamespace(nodeid="one that waits", cancel_timeout=None)
     assert conftest.pytest_timeout_set_timer(item, SimpleNamespace(timeout=3600.0))
     yield lambda: signal.raise_signal(signal.SIGALRM)

@@ -1,4 +1,4 @@
-"""Token buckets: never more than rate * t + burst, and whoever waits as long as it was told is served."""
+"""Token buckets: never more than rate * t + burst, and a caller that waits for the promised time is served."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safelight_server.coordination.buckets import SLACK_S, BucketDemand, BucketR
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that tests advance."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -45,7 +45,7 @@ def test_no_interval_has_more_than_its_rate_and_one_burst(rate: BucketRate, paus
 
 @given(rates, st.lists(st.tuples(st.floats(0, 2), st.floats(0, 30)), max_size=20), st.floats(1e-6, 1))
 def test_the_wait_is_true(rate: BucketRate, costs: list[tuple[float, float]], needed: float) -> None:
-    """Who waits that long is served; who waits two milliseconds less is not, rounding aside."""
+    """A caller that waits so long is served; one that waits two milliseconds less is not, apart from rounding."""
     clock = Clock()
     buckets = LocalTokenBuckets(clock)
     for pause, cost in costs:

@@ -1,4 +1,4 @@
-"""The trace is a function of its seed, and its shares are what its parameters say."""
+"""The trace is a function of its seed, and its shares are those of its parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.icons.captions import BACKGROUND_WORDS, COLOUR_WORDS
 from training.icons.spec import OBJECTS
 
 GOLDEN = {1: "5d66279b9150849c", 2: "88add567360ab91d", 3: "2fe48be9397abf92"}
-"""sha256 of the traces: they were committed before the caches were tuned and must not change unseen."""
+"""sha256 of the traces. They were committed before the caches were tuned; a change must be noticed."""
 
 
 @pytest.fixture(scope="module", params=SEEDS)

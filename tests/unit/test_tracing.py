@@ -1,4 +1,4 @@
-"""Stages, trails and the exporter: what is recorded, under which status, and what a dead collector does."""
+"""Stages, trails and the exporter: recorded spans, their status, and the effect of a dead collector."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 class Traced:
-    """A tracing whose spans are kept."""
+    """A Tracing that keeps its spans."""
 
     def __init__(self, ratio: float = 1.0) -> None:
         self._exporter = InMemorySpanExporter()

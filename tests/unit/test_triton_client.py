@@ -1,4 +1,4 @@
-"""Failures told apart by status and words, as a real tritonserver 2.51 sends them."""
+"""Failures are distinguished by status and message, as a real tritonserver 2.51 sends them."""
 
 from __future__ import annotations
 

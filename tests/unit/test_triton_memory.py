@@ -1,4 +1,4 @@
-"""Regions and their pool, with a registrar that only takes notes."""
+"""Shared memory regions and their pool, with a fake registrar that records calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TENSORS = [
 
 
 class Registrar:
-    """Notes what it is told; refuses when it is told to."""
+    """Records calls; refuses them when the test says so."""
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[str, int]] = {}
@@ -127,7 +127,7 @@ async def test_close_unlinks_all_and_unregisters_only_what_no_call_can_write():
 async def test_rows_keep_their_places_and_only_new_context_is_copied(pool):
     region = await pool.take(KEY, TENSORS, ROWS)
     assert region.write(inputs([11, 12, 13])).tolist() == [0, 1, 2]
-    region._views["context"][:] += 0.5  # a mark on what is there: a copy would wipe it out
+    region._views["context"][:] += 0.5  # marks the present data: a new copy would remove the mark
     places = region.write(inputs([13, 21, 11], fill=2.0))
     assert places.tolist() == [2, 1, 0]
     assert region._views["context"][:3, 0].tolist() == [11.5, 21.0, 13.5]

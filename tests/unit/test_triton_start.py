@@ -19,7 +19,7 @@ async def test_a_server_that_answers_nothing_takes_no_longer_than_the_start_may(
 
 
 async def test_a_probe_that_fails_in_an_unforeseen_way_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else its server would count as being asked for ever."""
+    """Otherwise its server would count as being probed for ever."""
     runtime = TritonRuntime(catalog.load(MODELS, ""), TritonOptions(("127.0.0.1:1",), start_s=7.0))
     monkeypatch.setattr(runtime.servers[0], "probe", AsyncMock(side_effect=ZeroDivisionError("of a malformed answer")))
     assert list(runtime.endpoints.probe(runtime._clock())) == [0]

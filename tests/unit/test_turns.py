@@ -1,4 +1,4 @@
-"""Turns at sending: few messages in one turn of the loop, tenant by tenant, and nobody who is alone waits."""
+"""Turns at sending: few messages in each turn of the event loop, tenant by tenant; a single stream never waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.streams import settle
 
 
 class Loop:
-    """Counts the turns of the event loop, and writes down who sent in which."""
+    """Counts the turns of the event loop, and records who sent in each."""
 
     def __init__(self, turns: SendTurns) -> None:
         self.turns = turns

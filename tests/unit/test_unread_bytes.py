@@ -1,4 +1,4 @@
-"""What clients have not read is bounded: the tenant that holds most has its slowest stream ended, others nothing."""
+"""Unread bytes are bounded: the tenant with most of them has its slowest stream ended, and no other is affected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STALLED = UnavailableError("it was not read")
 
 @dataclass(eq=False)
 class Stream:
-    """A stream whose client has left a message untaken since `since`."""
+    """A stream whose client has not read a message since `since`."""
 
     since: float
     log: SimpleNamespace
@@ -34,7 +34,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Held:
-    """A generation that has ended, or not, with its streams."""
+    """A generation, ended or running, with its streams."""
 
     tenant: str
     held_bytes: int

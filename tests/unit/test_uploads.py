@@ -1,4 +1,4 @@
-"""Pictures from anyone: what cannot be used says why, and the rest has the right pixels."""
+"""Uploaded pictures: unusable files are refused with the reason, and others are decoded to the right pixels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of few bytes that says it has so many pixels."""
+    """A small PNG file whose header claims this size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b""))
     pieces = [
@@ -110,7 +110,16 @@ def test_a_picture_of_the_right_size_keeps_every_pixel(kind):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photograph_is_turned_as_its_camera_was_held(orientation):
-    turns = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what undoes Image.transpose's methods
+    turns = {
+        1: None,
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 2,
+        7: 6,
+        8: 4,
+    }  # the EXIF orientation that undoes each of Image.transpose's methods
     stored = quarters() if turns[orientation] is None else quarters().transpose(Image.Transpose(turns[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation

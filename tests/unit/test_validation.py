@@ -1,4 +1,4 @@
-"""Bad input: each fault has its field and says what to change; what is absent gets the model's default."""
+"""Validation: each fault names its field and what to change; absent fields get the model's defaults."""
 
 from __future__ import annotations
 
@@ -663,7 +663,7 @@ def test_without_guidance_there_is_one_row_and_a_negative_prompt_is_told_to_be_u
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
-    """A model whose denoiser is given the guidance scale, as FLUX.1-dev's."""
+    """A model whose denoiser has the guidance scale as an input, like FLUX.1-dev."""
     inputs = {**STABLE_DIFFUSION_INPUTS, "guidance": GUIDANCE_SOURCE}
     return small_catalog(tmp_path_factory.mktemp("distilled"), inputs=inputs)
 
@@ -877,7 +877,7 @@ JUDGED_ELSEWHERE = {
 
 
 def test_every_field_of_the_contract_has_a_fault_of_its_own() -> None:
-    """A field that is new in the contract is not ignored in silence."""
+    """A new field of the API must not be ignored silently."""
     seen = {re.sub(r"\[.*?\]", "", field) for _, _, field, _ in FAULTS}
     missing = {path for path in leaves(pb.GenerateRequest.DESCRIPTOR, "") if path not in seen}
     missing = {path for path in missing if not any(path.startswith(known) for known in JUDGED_ELSEWHERE)}
@@ -896,7 +896,7 @@ def leaves(message: Descriptor, prefix: str) -> Iterator[str]:
 
 @pytest.mark.parametrize(("strength", "left_out"), [(0.7, 3), (0.3, 7), (0.1, 9), (1.0, 0), (None, 2), (0.58, 5)])
 def test_strength_is_the_share_of_the_steps_as_it_was_meant(catalog: Catalog, strength: float, left_out: int) -> None:
-    """0.7 as a float32 is less than 0.7, and 10 steps of that were 6."""
+    """0.7 as a float32 is less than 0.7, by which 10 steps would become 6."""
     message = request(init_image=IMAGE, strength=strength, num_inference_steps=10)
     assert resolve_request(message, catalog, LIMITS).spec.first_step == left_out
 
@@ -931,7 +931,7 @@ def test_a_model_without_an_encoder_starts_from_no_picture(tmp_path: Path) -> No
 def test_an_interval_is_counted_in_whole_steps(
     catalog: Catalog, start: float | None, end: float | None, steps: int, guided: range
 ) -> None:
-    """As diffusers counts them; 0.7 as it was meant, not as a float32."""
+    """As in diffusers, and with 0.7 as the client wrote it, not as a float32."""
     spec = resolve_request(interval(start, end, num_inference_steps=steps), catalog, LIMITS).spec
     assert spec.guided_steps == guided
     assert (spec == replace(plain_spec(catalog, steps), seeds=spec.seeds)) == (guided == range(steps))

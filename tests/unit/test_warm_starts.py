@@ -1,4 +1,4 @@
-"""Latents to start from, found again by a replica that did not make them."""
+"""Warm starts: latents that a replica finds although another one made them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def vector(seed: int) -> np.ndarray:
 
 
 def near(seed: int) -> np.ndarray:
-    """Of another prompt, at a cosine of 0.98."""
+    """The vector of another prompt, at a cosine of 0.98."""
     found, other = vector(seed), vector(seed + 1_000_000)
     aside = other - (other @ found) * found
     return np.sqrt(1 - 0.98**2, dtype=np.float32) * aside / np.linalg.norm(aside) + np.float32(0.98) * found
 
 
 class Replica:
-    """What is in memory only, over a tier that outlives it."""
+    """A replica's memory, over a tier that outlives it."""
 
     def __init__(self, store: MemoryStore, keyring: Keyring, max_bytes: int = 1 << 20) -> None:
         tiers = Tiers([Tier(store, shared=True)], Sealer(keyring), TierMetrics(CollectorRegistry()))
@@ -59,7 +59,7 @@ class Replica:
         return CacheKeys(self.namespaces.of(tenant), exact, "c0")
 
     async def finish(self, tenant: str, exact: str, seed: int, at: np.ndarray | None = None) -> None:
-        """An output that has left checkpoints, of a prompt `at` a vector."""
+        """Stores the checkpoints of a finished output whose prompt has the vector `at`."""
         name = self.name(tenant, exact)
         for step in (2, 4, 6, 8, 10):
             snapshot = Snapshot(step, np.full(LATENT, seed, np.float32), np.zeros(LATENT, np.float32))
@@ -119,7 +119,7 @@ async def test_no_two_outputs_of_a_request_begin_from_one() -> None:
 async def test_nothing_is_looked_up_once_it_is_closed() -> None:
     class Endless(MemoryStore):
         async def keys(self, prefix: str = "") -> AsyncIterator[str]:
-            while True:  # one that stalls is given up in any case
+            while True:  # a stalled one is abandoned in any case
                 await asyncio.sleep(0.001)
                 yield "a"
 

@@ -1,4 +1,4 @@
-"""The wire's words for ours and back: nothing is lost, and a status fits into a call's trailers."""
+"""Conversion to and from messages of the API loses nothing, and a status fits into a call's trailers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Tests of what watches a fleet: rules, alerts and dashboards, against a real Prometheus."""
+"""Tests of monitoring: rules, alerts and dashboards, on a real Prometheus."""

@@ -1,4 +1,4 @@
-"""Every query of every dashboard is asked of a real Prometheus that scrapes a real server, and Triton where that is."""
+"""Runs every dashboard's queries on a real Prometheus that scrapes a real server, and Triton if it is installed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Watched:
 
 
 def rules_for_tests(folder: Path) -> str:
-    """The rules with the test's own interval; the pattern of their files."""
+    """Writes the rules with the test's interval; returns the pattern of their files."""
     (folder / "rules").mkdir()
     for file in (ROOT / "deploy/prometheus").glob("*.yml"):
         if file.name != "prometheus.yml":
@@ -81,7 +81,7 @@ def rules_for_tests(folder: Path) -> str:
 
 @contextlib.contextmanager
 def triton_with_metrics(folder: Path) -> Any:
-    """A real Triton and the port of its metrics; None where it is not installed."""
+    """A real Triton and the port of its metrics; None if it is not installed."""
     if not TRITON_PYTHON.exists():
         yield None
         return
@@ -137,7 +137,7 @@ async def watched(folder: Path) -> AsyncIterator[tuple[Watched, Any]]:
 
 
 async def ask_again_and_again(clients: dict[str, Client], http_address: str, key: dict[str, str]) -> None:
-    """A little load: pictures, the same again, similar ones, what a quota refuses, and HTTP."""
+    """A little load: new pictures, repeated ones, similar ones, requests beyond a quota, and HTTP."""
     number = 0
     async with http_client_of(http_address) as http:
         while True:
@@ -172,6 +172,6 @@ async def test_every_query_of_every_dashboard_returns_data(tmp_path: Path) -> No
             missing = [one for one, samples in zip(missing, found, strict=True) if not samples]
             await asyncio.sleep(0.5)
         assert not missing, "these return nothing, and EMPTY does not say why:\n" + "\n".join(map(str, missing))
-        for _, _, query in asked:  # those too are valid
+        for _, _, query in asked:  # these queries must be valid too
             await asyncio.to_thread(seen.prometheus.ask, query)
         assert all(any(part in query for _, _, query in asked) for part in EMPTY), "EMPTY excuses what nobody asks"

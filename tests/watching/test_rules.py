@@ -1,4 +1,4 @@
-"""The rules: they are valid, each alert has its test and its runbook, and they name metrics that are exported."""
+"""The rules are valid, each alert has a test and a runbook, and they use metrics that the server exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRITON = {
     *("nv_inference_queue_duration_us", "nv_inference_compute_infer_duration_us", "nv_inference_pending_request_count"),
     *("nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes", "nv_gpu_power_usage"),
 }
-"""Metrics of Triton that are named; test_dashboards asks a real one for those that a CPU has."""
+"""Triton's metrics in queries; test_dashboards checks those that exist on CPUs with a real Triton."""
 METRIC = re.compile(r"(?<![\w:])(?:safelight|nv|process)_\w+")
 
 

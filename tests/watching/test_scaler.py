@@ -1,4 +1,4 @@
-"""`safelight scaler` as KEDA asks it, on a real Prometheus that scrapes a real server and has weeks of history."""
+"""Tests of `safelight scaler` with KEDA's calls, on a real Prometheus that has weeks of history and scrapes a server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 WAIT_S = 60.0
 HISTORY_S = 17 * 86_400
 FUTURE_REPLICAS = 12.0
-"""The history has this rate, in seconds of compute a second, in the hours around this time of each day, else a twelfth."""
+"""Rate of the history (seconds of compute a second) in the hours around this time of each day; else it is a twelfth."""
 CONFIG = """
 global: {scrape_interval: 1s}
 scrape_configs:
@@ -40,7 +40,7 @@ def history(now: float) -> str:
     """Two and a half weeks of a counter in OpenMetrics: busy for an hour and a half before and after this time of day."""
     lines, total = ["# TYPE safelight_requested_compute_seconds counter"], 0.0
     step_s, begin = 300, now - HISTORY_S
-    for at in range(int(begin), int(now) - 3 * 3600, step_s):  # what is newer is Prometheus' own, in its head
+    for at in range(int(begin), int(now) - 3 * 3600, step_s):  # newer samples are in Prometheus' head block
         away_s = abs((at - now + 43_200) % 86_400 - 43_200)
         total += step_s * FUTURE_REPLICAS / (1 if away_s < 5400 else 12)
         lines.append(f'safelight_requested_compute_seconds_total{{class="standard",fleet="old"}} {total} {at}')
@@ -60,7 +60,7 @@ def scraping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prometh
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(scraping: tuple[PrometheusServer, int]) -> AsyncIterator[Running]:
-    """A server that needs 0.2 s for each step, where it is scraped."""
+    """Runs a server that needs 0.2 s for each step, on the scraped port."""
     async with serving_here(
         runtime="simulated", simulated_base_ms=200.0, num_instances=1, metrics_port=scraping[1]
     ) as running:
@@ -81,7 +81,7 @@ def scaler(url: str) -> Iterator[str]:
 
 
 class Keda:
-    """Asks a scaler as KEDA does."""
+    """Calls a scaler as KEDA does."""
 
     def __init__(self, channel: grpc.aio.Channel, **metadata: str) -> None:
         self._channel = channel
@@ -111,7 +111,7 @@ class Keda:
         return self._method("StreamIsActive", pb.ScaledObjectRef, pb.IsActiveResponse, "unary_stream")(self.ref)
 
     async def until(self, least: float) -> float:
-        """Asks until so many replicas are needed."""
+        """Polls until the scaler needs at least this number of replicas."""
         end = time.monotonic() + WAIT_S
         while (now := await self.replicas()) < least:
             assert time.monotonic() < end, f"{now} replicas, not {least}"
@@ -145,7 +145,7 @@ async def test_a_fleet_wakes_up_and_grows_with_its_queue(scraping, server):
 async def test_what_the_days_before_have_shown_is_needed_before_it_is_asked_for(scraping, server):
     with scaler(scraping[0].url) as address:
         async with keda(address, utilization="1", selector='fleet="old"') as asks:
-            # By the same time of the last week at first, and then by the seasons; this time of day is busy in both.
+            # At first from the same time of the last week, then from the fitted seasons; this time is busy in both.
             needed = await asks.until(FUTURE_REPLICAS * 0.75)
             assert needed <= FUTURE_REPLICAS * 1.25
         async with keda(address, utilization="1", selector='fleet="old"', forecast="false") as asks:

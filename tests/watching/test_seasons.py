@@ -1,4 +1,4 @@
-"""The seasonal alerts on made-up traffic, evaluated by Prometheus itself."""
+"""Tests of the seasonal alerts on synthetic traffic, evaluated by Prometheus itself."""
 
 from __future__ import annotations
 

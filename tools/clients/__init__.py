@@ -1,1 +1,1 @@
-"""Builds the clients of all languages whose toolchains are on this machine: for their tests and for the benchmarks."""
+"""Builds the clients of all languages whose toolchains are installed, for their tests and for the benchmarks."""

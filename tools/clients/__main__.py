@@ -1,6 +1,6 @@
-"""Builds what `make test-clients` runs, for the languages whose toolchains are here: `make build-clients`.
+"""`make build-clients`: builds what `make test-clients` runs, for the languages whose toolchains are installed.
 
-CI runs it in parallel with test groups that mostly wait, so that the clients' tests start with everything built.
+CI runs it in parallel with test groups that mostly wait, so that the clients' tests need not build.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from tools.clients.commands import CLIENTS, run
 from tools.clients.runners import LANGUAGES, is_here, runner
 
 RUST_CHECKS = ("clippy --quiet --all-targets -- -D warnings", "test --quiet --no-run", "doc --quiet --no-deps")
-"""Commands of tests/clients/test_rust.py whose dependencies are compiled once."""
+"""Cargo commands of tests/clients/test_rust.py, run once so that their dependencies are compiled."""
 
 
 def main() -> None:
-    """Builds, one after the other, and says how long each took.
+    """Runs the builds one after the other, and prints how long each took.
 
     Raises:
-        BuildError: something does not build.
+        BuildError: a build has failed.
     """
     for name, build in builds().items():
         began = time.monotonic()
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def builds() -> dict[str, Callable[[], object]]:
-    """What there is to build on this machine, by name."""
+    """The builds that this machine can do, by name."""
     found: dict[str, Callable[[], object]] = {
         f"runner of {language}": partial(runner, language) for language in LANGUAGES if is_here(language)
     }

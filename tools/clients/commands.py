@@ -1,4 +1,4 @@
-"""Runs the commands of the builds, and says where the sources are."""
+"""Runs the commands of the builds, and skips builds whose sources have not changed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = ROOT / "clients"
 OUT = ROOT / "out"
-"""What is built lies here, or in folders of the clients that git ignores."""
+"""Folder of build outputs; others are in folders of the clients that git ignores."""
 BUILT = frozenset({"target", "dist", "node_modules", "__pycache__"})
-"""Folders of what is built, beside sources."""
+"""Names of folders of build outputs beside sources."""
 
 
 class BuildError(Exception):
-    """A build failed; the message is what it printed."""
+    """A build failed; the message has its output."""
 
 
 def run(*command: str | Path, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> str:
-    """Runs a command that must succeed; what it printed.
+    """Runs a command that must succeed, and returns its output.
 
     Args:
-        environment: added to this process's.
+        environment: environment variables to add to those of this process.
 
     Raises:
         BuildError: the command failed.
@@ -44,11 +44,11 @@ def run(*command: str | Path, cwd: Path = ROOT, environment: Mapping[str, str] |
 
 
 def once(name: str, product: Path, sources: Sequence[Path], build: Callable[[], str]) -> str:
-    """Builds, unless nothing has changed since a build that succeeded; what the build said.
+    """Runs a build unless no source has changed since its last success; returns its output.
 
     Args:
-        name: of the build, such as "java".
-        product: built last; where it is missing, it is built anew.
+        name: name of the build, such as "java".
+        product: the file that the build writes last; if it is missing, the build runs.
         sources: folders and files that the build reads.
     """
     stamp, digest = OUT / "built" / f"{name}.json", _digest(sources)

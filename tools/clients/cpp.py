@@ -1,4 +1,4 @@
-"""Builds clients/cpp with CMake, out of the source tree, and again only where something changed."""
+"""Builds clients/cpp with CMake, out of the source tree; rebuilds only what has changed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tools.clients.commands import CLIENTS, OUT, run
 SOURCE = CLIENTS / "cpp"
 BUILD = OUT / "cpp"
 ENGINES = {"GSTREAMER": ("gstreamer-base-1.0", "gstreamer-video-1.0"), "SDL": ("sdl2",)}
-"""Parts of the build that need more packages."""
+"""Parts of the build that need further packages: CMake option to names for pkg-config."""
 SANITIZERS = ("address,undefined", "thread")
-"""Builds of the C client's test."""
+"""Sanitizers with which the C client's test is built."""
 
 
 def is_here() -> bool:
@@ -24,16 +24,16 @@ def is_here() -> bool:
 
 
 def lacks(*packages: str) -> list[str]:
-    """Those of some packages that pkg-config does not find."""
+    """The packages that pkg-config does not find."""
     return [name for name in packages if subprocess.run(["pkg-config", "--exists", name]).returncode]
 
 
 @functools.cache
 def build(sanitizers: str = "") -> Path:
-    """Builds all that the machine can; with sanitizers the test of the C client alone. Where it lies."""
+    """Builds every part that the machine can build; with sanitizers only the C client's test. Returns the folder."""
     where = BUILD / (sanitizers.partition(",")[0] or "all")
     options = [f"-DSAFELIGHT_SANITIZE={sanitizers}", "-DSAFELIGHT_BUILD_TESTS=ON"]
-    # Without optimization sanitizers see as much, and the stubs compile in half of the time.
+    # Sanitizers work as well without optimization, and the stubs compile in half of the time.
     options.append(f"-DCMAKE_BUILD_TYPE={'Debug' if sanitizers else 'Release'}")
     options += [
         f"-DSAFELIGHT_BUILD_{engine}={'OFF' if lacks(*packages) else 'ON'}" for engine, packages in ENGINES.items()

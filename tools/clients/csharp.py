@@ -15,7 +15,7 @@ ASSEMBLIES = ("System.Core", "System.Runtime.Serialization", "System.Xml", "Syst
 
 
 def is_here() -> bool:
-    """Whether the machine has mcs, mono, the assemblies that are needed, and the toolchain of libsafelight."""
+    """Whether the machine has mcs, mono, the required assemblies, and the toolchain of libsafelight."""
     return (
         all(shutil.which(name) for name in ("mcs", "mono"))
         and all(Path(f"/usr/lib/mono/4.5/{name}.dll").exists() for name in ASSEMBLIES)
@@ -25,7 +25,7 @@ def is_here() -> bool:
 
 def compile_library(assembly: Path, *sources: Path, uses: Path | None = None) -> Path:
     """Compiles sources into an assembly."""
-    # -doc: what the comments refer to must exist. 1573 and 1591: what its name explains has no comment.
+    # -doc checks the references in comments. Warnings 1573 and 1591 demand comments even where a name says enough.
     return _compile(assembly, "-target:library", f"-doc:{assembly}.xml", "-nowarn:1573,1591", *_used(uses), *sources)
 
 
@@ -39,7 +39,7 @@ def _used(assembly: Path | None) -> list[str]:
 
 
 def _compile(assembly: Path, *arguments: str | Path) -> Path:
-    """C# 7, where a warning is an error."""
+    """Compiles C# 7, with warnings as errors."""
     assembly.parent.mkdir(parents=True, exist_ok=True)
     references = [f"-r:{name}" for name in ASSEMBLIES]
     run("mcs", "-langversion:7", "-warn:4", "-warnaserror", f"-out:{assembly}", *references, *arguments)
@@ -48,7 +48,7 @@ def _compile(assembly: Path, *arguments: str | Path) -> Path:
 
 @functools.cache
 def build() -> Path:
-    """The client's assembly."""
+    """Builds the client's assembly."""
     assembly = BUILD / "Safelight.dll"
     sources = sorted((SOURCE / "src").glob("*.cs"))
     once("csharp", assembly, [SOURCE / "src"], lambda: str(compile_library(assembly, *sources)))
@@ -57,7 +57,7 @@ def build() -> Path:
 
 @functools.cache
 def runner() -> Path:
-    """The runner of the conformance suite."""
+    """Builds the runner of the conformance suite."""
     program, source = BUILD / "conformance.exe", SOURCE / "conformance/Program.cs"
     once("csharp-runner", program, [SOURCE / "src", source], lambda: str(compile_program(program, source)))
     return program

@@ -1,4 +1,4 @@
-"""Builds clients/java with Maven, and again only where something changed."""
+"""Builds clients/java with Maven, only if something has changed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SOURCE = CLIENTS / "java"
 TARGET = SOURCE / "target"
 MAVEN_REPOSITORY = ROOT / ".tools/maven"
 SHORT_LIVED = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
-"""Options of a JVM that runs for seconds only: they shorten its start."""
+"""JVM options that shorten the start, for programs that run for seconds."""
 NO_PROXY = ("-Dhttps.proxyHost=127.0.0.1", "-Dhttps.proxyPort=9", "-Dhttp.nonProxyHosts=")
-"""Java's form of a proxy that does not exist: see rule 10 of clients/CONFORMANCE.md."""
+"""System properties that set a proxy that does not exist: see rule 10 of clients/CONFORMANCE.md."""
 
 
 def is_here() -> bool:
@@ -24,7 +24,7 @@ def is_here() -> bool:
 
 @functools.cache
 def build() -> str:
-    """Builds the client, its jars and its documentation, and runs its tests; what Maven said.
+    """Builds the client, its jars and its documentation, and runs its tests; returns Maven's output.
 
     Maven keeps what it downloads in the checkout and not in the home directory, so that a later build needs no network.
     """
@@ -34,6 +34,6 @@ def build() -> str:
 
 
 def command(main: str, *options: str) -> list[str]:
-    """How to run a class, or a source file, with the client that was built."""
+    """The command line that runs a class or a source file with the built client."""
     classes = [TARGET / "test-classes", *TARGET.glob("safelight-client-*[0-9].jar"), TARGET / "lib/*"]
     return ["java", *options, *NO_PROXY, "-cp", ":".join(map(str, classes)), main]

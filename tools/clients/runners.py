@@ -1,4 +1,4 @@
-"""The runners of all languages: programs that do what a line of JSON says and print a line (clients/CONFORMANCE.md)."""
+"""The runners of all languages: programs that read a case and print its outcome (clients/CONFORMANCE.md)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tools.clients import cpp, csharp, java, rust
 from tools.clients.commands import CLIENTS, OUT, ROOT, once, run
 
 WEB = "typescript-web"
-"""The TypeScript client for pages, run by Node."""
+"""Name of the TypeScript client for pages, run by Node."""
 SYNC = "python-sync"
-"""The Python client for programs without asyncio."""
+"""Name of the Python client for programs without asyncio."""
 LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp", "c", "csharp")
 TSC = ROOT / "node_modules/.bin/tsc"
 DEFAULTS: Mapping[str, object] = {
@@ -52,13 +52,13 @@ def is_here(language: str) -> bool:
 
 @functools.cache
 def runner(language: str, *, optimized: bool = False) -> list[str]:
-    """Builds the runner of a language whose toolchain is here; its command.
+    """Builds the runner of a language whose toolchain is installed, and returns its command line.
 
     Args:
-        optimized: as in production, where a build for tests is quicker to make or to start: Rust and Java.
+        optimized: whether to build and start it as in production; for tests Rust and Java use quicker ways.
 
     Raises:
-        BuildError: it does not build.
+        BuildError: the build has failed.
         ValueError: there is no such language.
     """
     match language:

@@ -19,7 +19,7 @@ ENVIRONMENT = {
     "CARGO_PROFILE_DEV_DEBUG": "0",
     "CARGO_TERM_COLOR": "never",
 }
-"""One folder for all that the tests build, so that dependencies are built once, and as quickly as may be."""
+"""Environment of Cargo: one target folder for all builds of the tests, so that dependencies are built only once."""
 
 
 def is_here() -> bool:
@@ -43,7 +43,7 @@ def build_program(folder: Path, source: str) -> Path:
 
 
 def descriptors() -> Path:
-    """Writes the contract as a descriptor set: Rust has no JSON of messages built in, and its runner reads them."""
+    """Writes the API as a descriptor set, which the Rust runner needs to read messages in JSON."""
     files: dict[str, descriptor_pb2.FileDescriptorProto] = {}
 
     def add(file: FileDescriptor) -> None:

@@ -1,4 +1,4 @@
-// CoreDNS with the plugins that the test cluster uses, and no other: the cloud plugins take minutes to compile.
+// CoreDNS with only the plugins that the test cluster uses: those for clouds take minutes to compile.
 package main
 
 import (

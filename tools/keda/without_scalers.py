@@ -1,7 +1,7 @@
-"""Copies KEDA's source without the scalers of other systems: without_scalers.py SOURCE FOLDER.
+"""Copies KEDA's source without its built-in scalers. Usage: without_scalers.py SOURCE FOLDER.
 
-KEDA has some 80 kinds of scalers, and with them the libraries of every cloud, database and queue: most of its build.
-The cluster of the tests needs the external scalers alone. Nothing else of KEDA is changed.
+KEDA has about 80 kinds of scalers, and with them the libraries of every cloud, database and queue, which take most of
+its build. The test cluster needs only external scalers. Nothing else of KEDA is changed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 KINDS = ("cpu", "external", "external-push", "external-mock")
 FILES = ("cpu_memory_scaler.go", "external_scaler.go", "external_mock_scaler.go")
 SHARED = 'package scalers\n\nconst externalMetricType = "External"\n'
-"""What the kept files use of one that is left out (azure_queue_scaler.go)."""
+"""Declarations of azure_queue_scaler.go, which is left out, that the kept files use."""
 CASE = re.compile(r'\tcase "([a-z0-9-]+)"(?:, "[a-z0-9-]+")*:\n(?:\t\t.*\n)+')
 
 
 def main(source: Path, folder: Path) -> None:
-    """Makes the folder anew."""
+    """Replaces the folder by a new copy."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("*_test.go", "tests"))
     for file in (folder / "pkg" / "scalers").glob("*_scaler.go"):

@@ -1,8 +1,8 @@
-"""What `mkdocs build` does beside docs/: pages from the root, the API reference, Mermaid, and links to files.
+"""Hooks of `mkdocs build`: add pages from the repository's root, the API reference, Mermaid, and links to files.
 
-Links in our Markdown are links of the repository, so that they work in a checkout. Here they become links of the site:
-a page from the root is under its own name, a proto file is its page of the reference, any other file is named without
-a link. Neighbours: `mkdocs.yml`, `tools/api_reference.py`.
+Links in the Markdown files are relative to the repository, so that they work in a checkout. Here they become links of
+the site: to a page from the root under its own name, from a proto file to its page of the reference; any other file is
+named without a link. Neighbours: `mkdocs.yml`, `tools/api_reference.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import api_reference  # noqa: E402  # after the path: mkdocs does not start in the root's environment
+from tools import api_reference  # noqa: E402  # after sys.path is set
 
 FROM_ROOT = {
     "ARCHITECTURE.md": "architecture.md",
@@ -46,7 +46,7 @@ def _pages(folder: str) -> list[str]:
 
 
 def on_files(files: Files, *, config: Any) -> None:
-    """Adds what does not lie in docs/."""
+    """Adds pages that are not in docs/."""
     for source, page in FROM_ROOT.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     for stem, text in api_reference.pages(api_reference.load()).items():
@@ -55,7 +55,7 @@ def on_files(files: Files, *, config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Makes links of the repository links of the site."""
+    """Converts the repository's links to links of the site."""
     here = page.file.src_uri
     if here.startswith("api/"):
         return markdown
@@ -73,7 +73,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         elif (ROOT / target).exists():
             return text
         else:
-            to = target  # dead: mkdocs says so and fails
+            to = target  # a dead link: mkdocs reports it and fails
         return f"[{text}]({posixpath.relpath(to, posixpath.dirname(here))}{anchor})"
 
     return LINK.sub(site_link, markdown)

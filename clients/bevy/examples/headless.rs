@@ -1,4 +1,5 @@
-//! Renders without a window: two sprites whose images develop side by side, and a third that leaves at its first preview.
+//! Renders without a window: two sprites whose images develop side by side, and a third that is despawned at its first
+//! preview.
 //!
 //!     cargo run --example headless -- 127.0.0.1:8421 FOLDER
 //!
@@ -21,7 +22,7 @@ use bevy_safelight::{
     SafelightPlugin, safelight::v1,
 };
 
-/// Frames after the end, until the screen has what the images have.
+/// Frames to render after the end, until the screen shows the final images.
 const LAST_FRAMES: u32 = 20;
 
 #[derive(Resource)]
@@ -111,7 +112,7 @@ fn write_screen(
     fs::write(format!("{}/screen-{name}.rgba", folder.0), &read.data).expect("a folder");
 }
 
-/// Ends the app when all is there and was rendered.
+/// Ends the app when all pictures have come and were rendered.
 fn leave(
     mut frames: Local<u32>,
     mut exit: MessageWriter<AppExit>,

@@ -1,4 +1,4 @@
-//! What runs between the client's thread and the app's schedule.
+//! Passes events of generations from the client's thread to the app's schedule.
 
 use bevy::prelude::*;
 use safelight::{Client, Error, Event as Received, v1};
@@ -14,18 +14,18 @@ use crate::{
 #[derive(Component)]
 pub(crate) struct Follower {
     events: Receiver<Result<Received, Error>>,
-    /// Step of the preview that is shown. A stream that was resumed begins with one that may have been seen.
+    /// Step of the preview that is shown. A resumed stream may begin with a preview that was shown before.
     step: i32,
 }
 
-/// Starts what was spawned, and again what was changed.
+/// Starts the generations of spawned components, and starts those of changed ones again.
 pub(crate) fn start(
     mut commands: Commands,
     safelight: Res<Safelight>,
     mut spawned: Query<(Entity, &Generate, &mut Development), Changed<Generate>>,
 ) {
     for (entity, generate, mut development) in &mut spawned {
-        // One at a time: an app that is slow, or paused, makes the server pass over previews.
+        // Room for one event: if the app is slow or paused, the server skips previews.
         let (sender, events) = channel(1);
         let request = in_raw_pixels(generate.request.clone());
         let client = safelight.client().clone();
@@ -57,12 +57,12 @@ async fn follow(
         }
     }
     if let Some(name) = name {
-        // Where it fails, the server cancels what nobody watches after its grace.
+        // If this fails, the server cancels the generation after its grace period, since nobody watches it.
         let _ = client.cancel(name).await;
     }
 }
 
-/// Shows what has come since the last frame: of several previews only the newest.
+/// Shows what has come since the last frame; of several previews only the newest.
 pub(crate) fn show(
     mut commands: Commands,
     mut images: ResMut<Assets<Image>>,
@@ -119,7 +119,7 @@ pub(crate) fn show(
     }
 }
 
-/// Cancels what is no longer wanted, where the entity itself stays.
+/// Cancels the generation of an entity that stays but whose `Generate` was removed.
 pub(crate) fn stop(removed: On<Remove, Generate>, mut commands: Commands) {
     if let Ok(mut entity) = commands.get_entity(removed.entity) {
         entity.try_remove::<Follower>();

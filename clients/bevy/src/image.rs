@@ -1,11 +1,11 @@
-//! Raw pixels into an image.
+//! Copies raw pixels into images.
 
 use bevy::prelude::*;
 use safelight::v1;
 
 const RAW: &str = "application/x-raw-rgba8";
 
-/// Asks for pixels that an image can have without being decoded.
+/// Makes a request ask for raw pixels, which need no decoding.
 pub(crate) fn in_raw_pixels(mut request: v1::GenerateRequest) -> v1::GenerateRequest {
     let raw = v1::PixelEncoding {
         media_type: RAW.to_owned(),
@@ -24,7 +24,7 @@ pub(crate) struct Pixels {
 }
 
 impl Pixels {
-    /// Rows without what is between them. `None` where the bytes are fewer than the size says.
+    /// Removes the padding between rows. `None` if there are fewer bytes than the size needs.
     pub fn new(width_px: u32, height_px: u32, stride_bytes: usize, data: Vec<u8>) -> Option<Self> {
         let row_bytes = 4 * width_px as usize;
         let num_bytes = row_bytes * height_px as usize;
@@ -44,7 +44,7 @@ impl Pixels {
         })
     }
 
-    /// Overwrites an image; its sampler stays. That uploads it once.
+    /// Overwrites an image, keeping its sampler. Bevy then uploads it once.
     pub fn show(self, images: &mut Assets<Image>, handle: &Handle<Image>) {
         let mut made = Image::transparent(); // RGBA8, sRGB
         let format = made.texture_descriptor.format;
@@ -56,7 +56,7 @@ impl Pixels {
             self.fill(&mut image);
         } else {
             self.fill(&mut made);
-            // Fails where the handle is one of another app: then nothing shows it.
+            // This fails only if the handle belongs to another app, where nothing would show the image.
             let _ = images.insert(handle, made);
         }
     }

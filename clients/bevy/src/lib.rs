@@ -1,4 +1,5 @@
-//! Bevy plugin for [Safelight](https://github.com/safelight/safelight): an [`Image`] develops while it is on the screen.
+//! Bevy plugin for [Safelight](https://github.com/safelight/safelight): an [`Image`] on the screen shows the previews of a
+//! picture while it is computed.
 //!
 //! ```no_run
 //! use bevy::prelude::*;
@@ -18,8 +19,8 @@
 //!     .run();
 //! ```
 //!
-//! Spawn a [`Generate`] beside whatever shows its image: a sprite, a UI node, a material. Each frame the newest preview
-//! that has come is written into the image, at last the picture. [`Development`] says how far it is.
+//! Spawn a [`Generate`] on the entity that shows its image: a sprite, a UI node, a material. In each frame the newest preview
+//! that has come is written into the image, and at the end the picture. [`Development`] tells how far it is.
 //! [`GenerationAccepted`], [`PreviewShown`], [`PictureShown`] and [`GenerationFailed`] are triggered on the entity.
 //! Despawning the entity, or removing [`Generate`], cancels the generation at the server.
 
@@ -33,18 +34,18 @@ use safelight::v1;
 pub use safelight::{self, Client};
 use tokio::runtime::{Builder, Runtime};
 
-/// The program of the README is compiled.
+/// Compiles the program of the README.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// Adds what fills the images of [`Generate`].
+/// The plugin: it fills the images of [`Generate`] components.
 pub struct SafelightPlugin {
     client: Client,
 }
 
 impl SafelightPlugin {
-    /// Asks with this client.
+    /// Makes the plugin use this client.
     pub fn new(client: Client) -> Self {
         Self { client }
     }
@@ -67,7 +68,7 @@ impl Plugin for SafelightPlugin {
     }
 }
 
-/// The client of the plugin and the thread that it works on.
+/// The client of the plugin, and the thread on which it runs.
 #[derive(Resource)]
 pub struct Safelight {
     client: Client,
@@ -87,7 +88,7 @@ impl Safelight {
 }
 
 impl Drop for Safelight {
-    /// Leaves without waiting for the network. The server cancels what nobody watches after its grace.
+    /// Does not wait for the network. The server cancels generations that nobody watches after their grace period.
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -95,19 +96,19 @@ impl Drop for Safelight {
     }
 }
 
-/// Asks for a picture and fills an image with its development. A changed one is asked anew.
+/// Requests a picture and fills an image with its previews. Changing the component starts a new generation.
 #[derive(Component, Clone, Debug)]
 #[require(Development)]
 pub struct Generate {
-    /// What is asked. Its first output is shown. The plugin chooses the encoding: RGBA8, sRGB.
+    /// The request. Its first output is shown. The plugin chooses the encoding: RGBA8, sRGB.
     pub request: v1::GenerateRequest,
-    /// Where it is shown, such as `images.reserve_handle()`. What an image has there before is overwritten, in the size
-    /// of each preview.
+    /// The image that shows it, such as `images.reserve_handle()`. Its content is overwritten and takes the size of each
+    /// preview.
     pub image: Handle<Image>,
 }
 
 impl Generate {
-    /// Of a prompt, or of a whole `GenerateRequest`.
+    /// Makes the component from a prompt, or from a whole `GenerateRequest`.
     pub fn new(request: impl Into<v1::GenerateRequest>, image: Handle<Image>) -> Self {
         Self {
             request: request.into(),
@@ -116,7 +117,7 @@ impl Generate {
     }
 }
 
-/// How far the generation of an entity is.
+/// The progress of an entity's generation.
 #[derive(Component, Clone, Debug, Default)]
 pub enum Development {
     /// No step was made yet.
@@ -129,44 +130,44 @@ pub enum Development {
         /// Steps in all.
         num_steps: i32,
     },
-    /// The image has the picture.
+    /// The image shows the picture.
     Finished,
-    /// It has ended without a picture. The image keeps the last preview.
+    /// The generation has ended without a picture. The image keeps the last preview.
     Failed(safelight::Error),
 }
 
-/// The server has admitted the request of an entity.
+/// Event: the server has admitted the request of an entity.
 #[derive(EntityEvent, Clone, Debug)]
 pub struct GenerationAccepted {
-    /// Which.
+    /// The entity.
     pub entity: Entity,
     /// The name, "generations/ID", for the client's `watch` and `get`.
     pub generation: String,
 }
 
-/// The image of an entity has a newer preview.
+/// Event: the image of an entity shows a newer preview.
 #[derive(EntityEvent, Clone, Debug)]
 pub struct PreviewShown {
-    /// Which.
+    /// The entity.
     pub entity: Entity,
     /// The step that it shows, from 1.
     pub step: i32,
 }
 
-/// The image of an entity has the picture.
+/// Event: the image of an entity shows the finished picture.
 #[derive(EntityEvent, Clone, Debug)]
 pub struct PictureShown {
-    /// Which.
+    /// The entity.
     pub entity: Entity,
     /// Seed of its noise.
     pub seed: u64,
 }
 
-/// The generation of an entity has failed.
+/// Event: the generation of an entity has failed.
 #[derive(EntityEvent, Clone, Debug)]
 pub struct GenerationFailed {
-    /// Which.
+    /// The entity.
     pub entity: Entity,
-    /// Why.
+    /// Why it failed.
     pub error: safelight::Error,
 }

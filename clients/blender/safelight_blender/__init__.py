@@ -1,4 +1,4 @@
-"""Safelight for Blender: a prompt becomes an image datablock that develops while Blender goes on."""
+"""Safelight for Blender: an image datablock shows the previews of a picture while it is computed."""
 
 import sys
 from pathlib import Path
@@ -14,12 +14,12 @@ bl_info = {
 }
 
 MODULES = str(Path(__file__).parent / "modules")
-"""The Safelight client and what it needs, as `tools/blender_addon.py` packs them."""
+"""Folder with the Safelight client and the packages it needs, made by `tools/blender_addon.py`."""
 
 
 def register() -> None:
-    """Called by Blender where the add-on is enabled. The thread is started at its first use."""
-    # First on the path: the system's protobuf may be older than the client's stubs.
+    """Called by Blender when the add-on is enabled. The receiver's thread starts at its first use."""
+    # First on the path, since the system's protobuf may be older than the client's stubs.
     sys.path.insert(0, MODULES)
     from . import interface
 
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Called by Blender where the add-on is disabled, and at its end. Cancels what develops, at the server."""
+    """Called by Blender when the add-on is disabled and at exit. Cancels all running generations at the server."""
     from . import developments, interface
 
     developments.close()

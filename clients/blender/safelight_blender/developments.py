@@ -1,7 +1,7 @@
-"""What develops in this Blender: each generation with its image. Main thread only.
+"""The running generations of this Blender, each with its image. Use it from the main thread only.
 
-`tick` copies what has come into the images; a timer of Blender calls it while anything develops. An image is looked up
-by a property of it each time, because undo and the opening of a file replace all datablocks.
+`tick` copies what has come into the images; a Blender timer calls it while a generation runs. An image is found by a
+custom property each time, because undo and opening a file replace all datablocks.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 TICK_S = 1 / 30
 ID = "safelight_id"
-"""The property of an image that develops, by which it is found."""
+"""The custom property by which the image of a generation is found."""
 NAME_LENGTH = 40
 FIRST_SIZE_PX = 256
-"""Of an image whose size the model decides, until the server has accepted its generation."""
+"""Size of a new image in pixels, until the server has accepted the generation and its size is known."""
 AREAS = ("IMAGE_EDITOR", "NODE_EDITOR", "VIEW_3D")
-"""Areas of Blender that have the panel, or show images."""
+"""Types of Blender's areas that have the panel or show images."""
 
 
 @dataclass(slots=True)
 class Development:
-    """An image that develops.
+    """A generation and the image that shows it.
 
     Attributes:
-        image_id: the value of its property `ID`.
-        title: for people.
-        num_images: previews and picture that were copied into the image.
+        image_id: the value of the image's property `ID`.
+        title: the name that the panel shows.
+        num_images: number of previews and pictures that were copied into the image.
     """
 
     generation: Generation
@@ -48,14 +48,14 @@ class Development:
 
 @dataclass(slots=True)
 class State:
-    """Of the add-on while it is registered; `receiver` is None before its first use.
+    """State of the add-on while it is registered; `receiver` is None before its first use.
 
     Attributes:
-        running: in the order in which they were started.
-        models: ids of the server's models, as far as they were asked for.
-        listing: the question for them.
-        failure: what the panel tells: the last one.
-        told: what the panel shows, by which a change is seen.
+        running: the running generations, in the order in which they were started.
+        models: ids of the server's models, as far as they were requested.
+        listing: the pending request for them.
+        failure: the latest failure, which the panel shows.
+        told: what the panel showed last, to detect changes.
     """
 
     receiver: Receiver | None = None
@@ -73,14 +73,14 @@ def start(server: Server, prompt: str, options: safelight.GenerateOptions) -> tu
     """Starts a generation and makes its image.
 
     Args:
-        options: where the seed is absent, one is drawn here. Blender's numbers have 32 bits, and a seed that the
-            server draws has 64, so that it could not be given again.
+        options: without a seed, this function chooses one. Blender's integers have 32 bits, so a seed of 64 bits that
+            the server chooses could not be entered again.
     """
     options.setdefault("seed", random.getrandbits(31))
     width, height = options.get("width") or FIRST_SIZE_PX, options.get("height") or FIRST_SIZE_PX
     image = bpy.data.images.new(prompt[:NAME_LENGTH], width, height, alpha=True)
     image.colorspace_settings.name = "sRGB"
-    image.use_fake_user = True  # else it would not be saved where nothing uses it yet
+    image.use_fake_user = True  # otherwise it would not be saved while nothing uses it
     image[ID] = uuid.uuid4().hex
     image["safelight_prompt"] = prompt
     for name in ("negative_prompt", "model", "seed", "steps", "guidance_scale", "strength"):
@@ -95,24 +95,24 @@ def start(server: Server, prompt: str, options: safelight.GenerateOptions) -> tu
 
 
 def list_models(server: Server) -> None:
-    """Asks for the server's models; `tick` takes the answer."""
+    """Requests the list of the server's models; `tick` takes the answer."""
     state.listing, state.failure = _receiver().models(server), None
     _keep_ticking()
 
 
 def cancel() -> None:
-    """Cancels all that develops, at the server. Returns at once: they end at later ticks."""
+    """Cancels all running generations at the server. Returns at once; they end at later ticks."""
     for development in state.running:
         _receiver().cancel(development.generation)
 
 
 def find_image(development: Development) -> bpy.types.Image | None:
-    """The image of a development; None where it was deleted, undone, or another file was opened."""
+    """The image of a generation; None if it was deleted or undone, or if another file was opened."""
     return next((image for image in bpy.data.images if image.get(ID) == development.image_id), None)
 
 
 def tick() -> float | None:
-    """Takes what has come. Returns the seconds until the next call; None where nothing is to come."""
+    """Handles what has come. Returns the seconds until the next call; None if nothing more can come."""
     for development in list(state.running):
         _advance(development)
     if state.listing is not None and state.listing.done():
@@ -127,7 +127,7 @@ def tick() -> float | None:
 
 
 def wait(development: Development) -> None:
-    """Blocks until a development has ended; for scripts. Its previews are shown meanwhile."""
+    """Blocks until a generation has ended, for scripts. Its previews are shown meanwhile."""
     while development in state.running:
         development.generation.ended.wait(TICK_S)
         tick()
@@ -153,13 +153,13 @@ def _receiver() -> Receiver:
 
 def _keep_ticking() -> None:
     if not bpy.app.timers.is_registered(tick):
-        bpy.app.timers.register(tick, persistent=True)  # persistent: also when another file is opened
+        bpy.app.timers.register(tick, persistent=True)  # persistent: it keeps running when another file is opened
 
 
 def _advance(development: Development) -> None:
-    """Shows what has come of one development, and ends it where its generation has ended."""
+    """Shows what has come of one generation, and finishes its image if it has ended."""
     generation = development.generation
-    ended = generation.ended.is_set()  # before the image is taken: at the end the picture is there
+    ended = generation.ended.is_set()  # read first, so that the image of an ended one is the picture
     image = find_image(development)
     if image is None and not ended:
         _receiver().cancel(generation)
@@ -178,7 +178,7 @@ def _advance(development: Development) -> None:
 
 
 def _finish(image: bpy.types.Image, development: Development) -> None:
-    """Packs the image into the file. One that shows nothing is deleted."""
+    """Packs the image into the file, or deletes it if it shows nothing."""
     generation = development.generation
     if generation.failure is not None and not development.num_images:
         bpy.data.images.remove(image)
@@ -191,7 +191,7 @@ def _finish(image: bpy.types.Image, development: Development) -> None:
 
 
 def _tell() -> None:
-    """Writes the panel's rows, and has areas drawn where something has changed."""
+    """Updates the panel's rows, and redraws areas if something has changed."""
     told = [(_title(development), development.num_images) for development in state.running]
     if told == state.told and told:
         return

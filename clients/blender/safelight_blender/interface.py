@@ -1,4 +1,4 @@
-"""Preferences, settings, operators and the panel."""
+"""Preferences, settings, operators and the panel of the add-on."""
 
 # No `from __future__ import annotations`: Blender reads properties from annotations.
 
@@ -18,11 +18,11 @@ from . import developments, pixels
 from .receiver import Server
 
 LINE_LENGTH = 38
-"""Characters of an error in one line of the panel: labels do not wrap."""
+"""Characters of an error message in one line of the panel, since labels do not wrap."""
 
 
 class SafelightPreferences(bpy.types.AddonPreferences):
-    """Where the server is. Blender keeps this in the user's preferences, the key too, as it is."""
+    """Address and key of the server. Blender stores them in the user's preferences, the key too, in plain text."""
 
     bl_idname = __package__
 
@@ -51,24 +51,24 @@ class SafelightPreferences(bpy.types.AddonPreferences):
 
 
 def preferences() -> SafelightPreferences:
-    """What the user has set."""
+    """The add-on's preferences."""
     found: SafelightPreferences = bpy.context.preferences.addons[__package__].preferences
     return found
 
 
 def server() -> Server:
-    """The server of the preferences."""
+    """The server that the preferences name."""
     chosen = preferences()
     return Server(chosen.server, chosen.api_key, chosen.tls, bpy.path.abspath(chosen.ca_file), chosen.server_name)
 
 
 def offered_models(self: object, context: bpy.types.Context, typed: str) -> list[str]:
-    """What the field of the model proposes."""
+    """Suggestions for the model field."""
     return [model for model in developments.state.models if typed.lower() in model.lower()]
 
 
 class Fields:
-    """What a picture is asked for with: of the scene, and of the operator."""
+    """Properties of a request, which the scene and the operator have in common."""
 
     prompt: StringProperty(name="Prompt", description="What the picture shows", options={"SKIP_SAVE"})
     negative_prompt: StringProperty(
@@ -118,7 +118,7 @@ class Fields:
 
 
 class SafelightSettings(bpy.types.PropertyGroup, Fields):
-    """Of a scene, saved with it."""
+    """The settings of a scene, saved with it."""
 
     image: PointerProperty(name="Image", description="The newest that was asked for", type=bpy.types.Image)
     init_image: PointerProperty(
@@ -127,7 +127,7 @@ class SafelightSettings(bpy.types.PropertyGroup, Fields):
 
 
 class SafelightRow(bpy.types.PropertyGroup):
-    """Of the panel: how far a development is."""
+    """A row of the panel: the progress of one generation."""
 
     title: StringProperty()
     percent: FloatProperty(subtype="PERCENTAGE", min=0, max=100, precision=0)
@@ -167,11 +167,11 @@ class SAFELIGHT_OT_develop(bpy.types.Operator, Fields):
         return {"FINISHED"}
 
     def _value(self, context: bpy.types.Context, name: str) -> object:
-        """What the operator was called with, else what the scene has."""
+        """The operator's own property if it was set, else the scene's."""
         return getattr(self if self.properties.is_property_set(name) else context.scene.safelight, name)
 
     def _options(self, context: bpy.types.Context) -> dict[str, object]:
-        """The client's arguments. Raises ValueError for an image that cannot be started from."""
+        """The client's arguments. Raises ValueError if the chosen image cannot be an init image."""
         names = ("negative_prompt", "model", "steps", "width", "height", "guidance_scale")
         options = {name: value for name in names if (value := self._value(context, name))}
         if (seed := self._value(context, "seed")) >= 0:
@@ -213,7 +213,7 @@ class SAFELIGHT_OT_list_models(bpy.types.Operator):
 
 
 class Panel:
-    """The panel, the same in each editor."""
+    """The panel, which is the same in each editor."""
 
     bl_label = "Safelight"
     bl_region_type = "UI"
@@ -271,7 +271,7 @@ class SAFELIGHT_PT_shader_editor(Panel, bpy.types.Panel):
 
 
 def _put_into_view(context: bpy.types.Context, image: bpy.types.Image) -> None:
-    """Shows an image where it was asked for: in the image editor, or in the active node of the shader editor."""
+    """Shows an image in the editor that requested it: the image editor, or the active node of the shader editor."""
     space = context.space_data
     if space is None:
         return
@@ -297,7 +297,7 @@ CLASSES = (
 
 
 def register() -> None:
-    """Makes Blender know all of it."""
+    """Registers all classes and properties with Blender."""
     for one in CLASSES:
         bpy.utils.register_class(one)
     bpy.types.Scene.safelight = PointerProperty(type=SafelightSettings)
@@ -305,7 +305,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Takes all of it back."""
+    """Unregisters all classes and properties."""
     del bpy.types.WindowManager.safelight_rows
     del bpy.types.Scene.safelight
     for one in reversed(CLASSES):

@@ -1,4 +1,4 @@
-"""Between Blender's image datablocks and pixels. Main thread only."""
+"""Conversion between Blender's image datablocks and pixels. Use it from the main thread only."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
-"""By the number of channels; see "IHDR" in the PNG specification."""
+"""PNG's colour type by the number of channels; see "IHDR" in the PNG specification."""
 
 
 def show(image: bpy.types.Image, pixels: NDArray[np.float32], width: int, height: int) -> None:
-    """Puts pixels into an image, scaled to a size where they have another.
+    """Copies pixels into an image and scales it to the given size.
 
     Args:
         pixels: (h, w, 4) float32 from 0 to 1 in the image's own colour space, the lowest row first.
-        width, height: of the image afterwards.
+        width, height: size of the image afterwards.
     """
     resize(image, pixels.shape[1], pixels.shape[0])
     image.pixels.foreach_set(pixels.ravel())
@@ -30,16 +30,16 @@ def show(image: bpy.types.Image, pixels: NDArray[np.float32], width: int, height
 
 
 def resize(image: bpy.types.Image, width: int, height: int) -> None:
-    """Has Blender scale an image, linearly."""
+    """Scales an image with Blender's linear filter."""
     if tuple(image.size) != (width, height):
         image.scale(width, height)
 
 
 def to_png(image: bpy.types.Image) -> bytes:
-    """The file of an image as it is in Blender now, also where it was painted on and not saved.
+    """The present content of an image as a PNG file, including unsaved paint.
 
     Raises:
-        ValueError: it has no pixels, or those of a float image, which have no colour space that a PNG could say.
+        ValueError: it has no pixels, or it is a float image, whose colour space a PNG cannot express.
     """
     width, height = image.size
     if image.is_float:
@@ -56,7 +56,7 @@ def png(rows: NDArray[np.uint8], width: int) -> bytes:
     """Encodes (height, width * channels) uint8, the top row first, as PNG."""
     height, num_bytes = rows.shape
     header = struct.pack(">IIBBBBB", width, height, 8, PNG_COLOUR_TYPES[num_bytes // width], 0, 0, 0)
-    unfiltered = np.pad(rows, ((0, 0), (1, 0)))  # each row says its filter first: 0, none
+    unfiltered = np.pad(rows, ((0, 0), (1, 0)))  # each row begins with the number of its filter: 0, none
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(unfiltered.tobytes())), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks

@@ -1,7 +1,7 @@
 """Receives generations in one thread with an event loop.
 
-Knows nothing of Blender, whose data only its main thread may touch. A `Generation` is written by that thread and read
-by any. It keeps the newest image alone: what the reader has not taken is replaced.
+It does not use Blender, whose data only Blender's main thread may touch. This thread writes a `Generation`; any thread
+may read it. A `Generation` keeps only the newest image, replacing one that the reader has not taken.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 RAW = "application/x-raw-rgba8"
 CANCEL_S = 5.0
-"""How long the server may take to accept and to end a generation that is cancelled. Then it is left."""
+"""How long to wait until the server has accepted and ended a cancelled generation, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where to ask, and as whom.
+    """Address of a server, and how to connect to it.
 
     Attributes:
         address: "host:port"; several replicas are separated by commas.
-        api_key: "": none.
-        tls: by TLS in place of plain text.
-        ca_file: the authorities to trust, as PEM; "": those that gRPC trusts.
+        api_key: the API key; "": none.
+        tls: whether to use TLS.
+        ca_file: file of the certificate authorities to trust, as PEM; "": those that gRPC trusts.
         server_name: the name in the server's certificate, where it differs from the address.
     """
 
@@ -46,7 +46,7 @@ class Server:
     server_name: str = ""
 
     def client(self) -> safelight.Client:
-        """A client of it, on the running loop.
+        """Makes a client of this server, on the running event loop.
 
         Raises:
             ValueError: the address or the key cannot be used.
@@ -62,20 +62,20 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no picture: a stable name, such as "QUEUE_FULL" or "UNAVAILABLE", and a text for people."""
+    """Why there is no picture: a stable name, such as "QUEUE_FULL" or "UNAVAILABLE", and a message for people."""
 
     reason: str
     message: str
 
 
 class Generation:
-    """One generation, as far as it was received.
+    """What was received of one generation so far.
 
     Attributes:
         name: "generations/ID"; "" before it was accepted.
         width_px, height_px: the size of its picture; 0 before it was accepted. Previews may be smaller.
-        step, num_steps: how far it is; 0 before its first step.
-        failure: why it ended without a picture; None while it runs, and where it has succeeded.
+        step, num_steps: steps made, and steps in all; 0 before its first step.
+        failure: why it ended without a picture; None while it runs and if it has succeeded.
         ended: set when nothing more comes.
     """
 
@@ -93,7 +93,7 @@ class Generation:
         self._accepted = asyncio.Event()
 
     def take(self) -> NDArray[np.float32] | None:
-        """The newest image, once; None where it was taken before, or there is none.
+        """Returns the newest image once; None if it was taken before, or if there is none.
 
         (height, width, 4) float32 from 0 to 1, sRGB, straight alpha. The lowest row comes first, as in Blender.
         """
@@ -102,7 +102,7 @@ class Generation:
         return newest
 
     async def run(self, server: Server, prompt: str, options: safelight.GenerateOptions) -> None:
-        """Receives it to its end, or until it is cancelled. Called on the receiver's loop."""
+        """Receives the generation until it ends or is cancelled. Called on the receiver's event loop."""
         try:
             async with server.client() as client:
                 await self._run(client, prompt, options)
@@ -127,9 +127,9 @@ class Generation:
                 return
             with suppress(TimeoutError, safelight.GenerationError):
                 async with asyncio.timeout(CANCEL_S):
-                    await self._accepted.wait()  # before that it has no name
+                    await self._accepted.wait()  # a generation has no name before it is accepted
                     await client.cancel(self.name)
-                    await asyncio.wait({receiving})  # its picture may have come first
+                    await asyncio.wait({receiving})  # it may still finish with a picture
             if receiving.done():
                 await receiving
             else:
@@ -145,7 +145,7 @@ class Generation:
                 async for event in events:
                     self._take_in(event)
         finally:
-            self._accepted.set()  # who cancels waits for no more
+            self._accepted.set()  # so that a cancellation does not wait any longer
 
     def _take_in(self, event: safelight.Event) -> None:
         match event:
@@ -162,12 +162,12 @@ class Generation:
                     self._newest = pixels
 
     def wish_cancelled(self) -> None:
-        """Has it cancelled. Called on the receiver's loop."""
+        """Requests its cancellation. Called on the receiver's event loop."""
         self._cancelling.set()
 
 
 class Receiver:
-    """The thread. Its methods may be called by any other; none waits for the network, except `close`."""
+    """The receiving thread. Any thread may call its methods; only `close` waits for the network."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -189,13 +189,13 @@ class Receiver:
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """Cancels a generation at the server. It ends soon after, also where the server does not answer."""
+        """Cancels a generation at the server. It ends soon after, even if the server does not answer."""
         self._loop.call_soon_threadsafe(generation.wish_cancelled)
 
     def models(self, server: Server) -> concurrent.futures.Future[list[str]]:
-        """The ids of the server's models, its default first.
+        """Requests the ids of the server's models, its default model first.
 
-        Raises (the future): what `failure_of` takes.
+        Raises (the future): an error that `failure_of` converts.
         """
 
         async def ask() -> list[str]:
@@ -225,7 +225,7 @@ class Receiver:
 
 
 def failure_of(error: Exception) -> Failure:
-    """What to tell of an error of the client."""
+    """Converts an error of the client to a `Failure`."""
     if isinstance(error, safelight.GenerationError):
         violations = "; ".join(f"{field}: {text}" for field, text in error.violations.items())
         return Failure(error.reason or error.code.name, violations or str(error))

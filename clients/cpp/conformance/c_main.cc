@@ -1,4 +1,4 @@
-// The runner of the C client: as cpp_main.cc, by the functions of safelight.h alone.
+// The runner of the C client: as cpp_main.cc, but it uses only the functions of safelight.h.
 //
 // See clients/CONFORMANCE.md.
 #include <cstdint>
@@ -20,7 +20,7 @@ std::shared_ptr<Handle> held(Handle* handle, void (*free)(Handle*)) {
   return {handle, free};
 }
 
-/// A text of the library's, as JSON.
+/// Parses a text of the library as JSON, and frees the text.
 json taken(char* text) {
   if (!text) throw std::runtime_error("no text");
   const json parsed = json::parse(text);
@@ -49,7 +49,7 @@ json cancelled(safelight_generation* generation) {
   return {{"state", ended["state"]}, {"steps", steps}};
 }
 
-/// What a second screen sees, and what the server says of the generation and of its models.
+/// Watches a generation again: the events, and what the server reports about the generation and its models.
 json watched_again(safelight_client* client, const std::string& name) {
   json reliable = json::array(), models = json::array(), sums = json::array();
   std::map<std::int32_t, std::string> sum_of;
@@ -109,7 +109,7 @@ void see(json& seen, const safelight_event* event, const json& given, safelight_
   }
 }
 
-/// Sends the picture in a file; its name.
+/// Uploads the picture in a file and returns its name.
 std::string uploaded(safelight_client* client, const std::string& file) {
   const std::string data = runner::contents(file);
   const auto* bytes = reinterpret_cast<const std::uint8_t*>(data.data());

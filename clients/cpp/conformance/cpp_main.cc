@@ -1,4 +1,4 @@
-// The runner of the C++ client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
+// The runner of the C++ client: reads cases, runs them, and prints the outcomes, a JSON object a line each.
 //
 // See clients/CONFORMANCE.md.
 #include <iostream>
@@ -30,7 +30,7 @@ json described(const safelight::Image& image) {
           {"height_px", image.height_px},       {"stride_bytes", image.stride_bytes}};
 }
 
-/// What the server says of a generation that was cancelled.
+/// Cancels a generation and returns its final state.
 json cancelled(Client& client, const std::string& name) {
   const v1::Generation ended = client.cancel(name);
   json steps = json::array();
@@ -38,7 +38,7 @@ json cancelled(Client& client, const std::string& name) {
   return {{"state", v1::Generation::State_Name(ended.state())}, {"steps", steps}};
 }
 
-/// What a second screen sees, and what the server says of the generation and of its models.
+/// Watches a generation again: the events, and what the server reports about the generation and its models.
 json watched_again(Client& client, const std::string& name) {
   json reliable = json::array(), models = json::array(), sums = json::array();
   std::map<int, std::string> sum_of;

@@ -1,4 +1,4 @@
-/// What the runners of the C++ and the C client share: all but the client.
+/// The common part of the runners of the C++ and the C client.
 #pragma once
 
 #include <chrono>
@@ -47,7 +47,7 @@ inline std::string targets(const json& given) {
   return joined;
 }
 
-/// What a runner prints of a generation, before anything of it was seen.
+/// The outcome of a generation that a runner prints, before anything was received.
 inline json nothing_seen() {
   return {{"code", "OK"},           {"reason", ""},           {"violations", json::object()},
           {"retry_after_s", nullptr}, {"generation", ""},       {"reliable", json::array()},
@@ -56,7 +56,7 @@ inline json nothing_seen() {
           {"received_us", json::array()}};
 }
 
-/// Runs all requests of a case at once, each on a thread; what the runner prints.
+/// Runs all requests of a case at once, each on a thread, and returns what the runner prints.
 template <typename Generate>
 json all_at_once(const json& given, Generate generate) {
   std::vector<std::future<json>> all;

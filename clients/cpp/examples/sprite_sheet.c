@@ -1,11 +1,11 @@
 /*
- * A sprite sheet that develops in a window: a game's loop that draws each frame what has come so far.
+ * A sprite sheet in a window: a game loop that draws in each frame the newest previews of several generations.
  *
  *   sprite_sheet [HOST:PORT]
  *
  * Each sprite is a generation. Its newest preview is copied into its place in one sheet, with the sheet's row pitch; only
- * what has changed is uploaded. Prints a line when all are finished. Escape or closing the window ends the program, and
- * with it the generations that are under way.
+ * sprites that have changed are uploaded. Prints a line when all are finished. Escape or closing the window ends the
+ * program, and with it the running generations.
  */
 #include <SDL.h>
 #include <safelight.h>
@@ -27,7 +27,7 @@ static int fail(const char *what, const char *why) {
   return 1;
 }
 
-/* Copies the newest image of a sprite to its place, and to the texture. Whether there was a newer one. */
+/* Copies the newest image of a sprite to its place in the sheet and to the texture. Returns whether there was a newer one. */
 static int update(SDL_Texture *texture, safelight_generation *generation, int index) {
   const SDL_Rect place = {index % COLUMNS * SPRITE, index / COLUMNS * SPRITE, SPRITE, SPRITE};
   const size_t begin = (size_t)place.y * PITCH + 4 * (size_t)place.x;
@@ -63,7 +63,7 @@ int main(int argc, char **argv) {
   for (i = 0; i < NUM_SPRITES; ++i) {
     safelight_request *request = safelight_request_new(prompts[i]);
     safelight_request_set_size(request, SPRITE, SPRITE);
-    safelight_request_add_output(request, (uint64_t)i); /* the same sheet each time */
+    safelight_request_add_output(request, (uint64_t)i); /* fixed seeds: the same sheet each time */
     sprites[i] = safelight_generate(client, request, 0, NULL);
     safelight_request_free(request);
   }
@@ -71,7 +71,7 @@ int main(int argc, char **argv) {
     SDL_Event event;
     int num_ended = 0, changed = 0;
     for (i = 0; i < NUM_SPRITES; ++i) {
-      /* Asked before the poll: what ends in between is drawn in the next frame. */
+      /* Read before the poll: the picture of a generation that ends in between is drawn in the next frame. */
       num_ended += safelight_generation_state(sprites[i]) >= SAFELIGHT_STATE_SUCCEEDED;
       changed += update(texture, sprites[i], i);
     }

@@ -1,11 +1,11 @@
 /*
- * safelightsrc: the development of a picture as video.
+ * safelightsrc: a GStreamer source that gives the previews of a picture as video.
  *
  *   gst-launch-1.0 safelightsrc prompt="a red potion" ! videoconvert ! pngenc ! multifilesink location=step-%02d.png
  *
- * Each preview is a frame, the finished picture is the last one, then the stream ends. Frames are RGBA of the picture's
- * size, and their time is that at which they came. The element waits in create() for the server, in slices, so that
- * unlock() ends the wait.
+ * Each preview is a frame, and the finished picture is the last frame. Frames are RGBA in the picture's size; a frame's
+ * timestamp is the time at which it came. create() waits for the server in short slices, so that unlock() can end the
+ * wait.
  */
 #include "safelightsrc.h"
 
@@ -34,7 +34,7 @@ enum {
   PROP_SERVER_NAME
 };
 
-#define WAIT_S 0.05 /* how soon unlock() ends a wait */
+#define WAIT_S 0.05 /* the longest time until unlock() ends a wait */
 
 struct _SafelightSrc {
   GstPushSrc parent;
@@ -46,7 +46,7 @@ struct _SafelightSrc {
 
   safelight_client *client;
   safelight_generation *generation;
-  GstVideoInfo info; /* of the frames; invalid before the first one */
+  GstVideoInfo info; /* format of the frames; invalid before the first one */
   gboolean has_picture;
   gint flushing; /* atomic */
 };
@@ -154,7 +154,7 @@ static gboolean start(GstBaseSrc *base) {
   self->generation = safelight_generate(self->client, request, self->timeout, &error);
   safelight_request_free(request);
   if (self->generation) return TRUE;
-  safelight_client_free(self->client); /* after a failure of start() nothing calls stop() */
+  safelight_client_free(self->client); /* stop() is not called after start() has failed */
   self->client = NULL;
   return fail(self, error);
 }
@@ -183,7 +183,7 @@ static gboolean is_seekable(GstBaseSrc *base) {
   return FALSE;
 }
 
-/* All frames have the size of the picture: encoders do not take others in mid-stream, and previews may be smaller. */
+/* Scales all frames to the size of the picture: previews may be smaller, and encoders accept no change of size. */
 static gboolean negotiate(SafelightSrc *self) {
   gint32 width, height;
   GstCaps *caps;
@@ -191,7 +191,7 @@ static gboolean negotiate(SafelightSrc *self) {
   if (GST_VIDEO_INFO_FORMAT(&self->info) == GST_VIDEO_FORMAT_RGBA) return TRUE;
   if (!safelight_generation_size(self->generation, &width, &height)) return FALSE;
   if (!gst_video_info_set_format(&self->info, GST_VIDEO_FORMAT_RGBA, (guint)width, (guint)height)) return FALSE;
-  GST_VIDEO_INFO_FPS_N(&self->info) = 0; /* frames come when they come */
+  GST_VIDEO_INFO_FPS_N(&self->info) = 0; /* a variable frame rate */
   GST_VIDEO_INFO_FPS_D(&self->info) = 1;
   caps = gst_video_info_to_caps(&self->info);
   taken = gst_base_src_set_caps(GST_BASE_SRC(self), caps);
@@ -262,7 +262,7 @@ static void safelight_src_init(SafelightSrc *self) {
   self->seed = -1;
   self->every_n_steps = 1;
   gst_base_src_set_format(GST_BASE_SRC(self), GST_FORMAT_TIME);
-  gst_base_src_set_live(GST_BASE_SRC(self), TRUE); /* frames come at the server's pace */
+  gst_base_src_set_live(GST_BASE_SRC(self), TRUE); /* the server decides when frames come */
   gst_base_src_set_do_timestamp(GST_BASE_SRC(self), TRUE);
 }
 
@@ -282,7 +282,7 @@ static void safelight_src_class_init(SafelightSrcClass *class) {
   TEXT(PROP_PROMPT, "prompt", "What the picture shows", NULL);
   TEXT(PROP_NEGATIVE_PROMPT, "negative-prompt", "What guidance leads away from", NULL);
   TEXT(PROP_MODEL, "model", "models/NAME; the server's default where it is empty", NULL);
-  TEXT(PROP_CA_FILE, "ca-file", "PEM file of the authorities to trust; asks by TLS", NULL);
+  TEXT(PROP_CA_FILE, "ca-file", "PEM file of the certificate authorities to trust; enables TLS", NULL);
   TEXT(PROP_SERVER_NAME, "server-name", "The name in the server's certificate, where it differs from the host", NULL);
   g_object_class_install_property(
       object, PROP_API_KEY,
@@ -319,6 +319,6 @@ static gboolean plugin_init(GstPlugin *plugin) {
 }
 
 #define PACKAGE "safelight"
-/* The licence is Apache-2.0, which GStreamer's list of names does not have. */
+/* The licence is Apache-2.0, which is not in GStreamer's list of licence names. */
 GST_PLUGIN_DEFINE(GST_VERSION_MAJOR, GST_VERSION_MINOR, safelight, "Pictures from a Safelight server", plugin_init,
                   SAFELIGHT_VERSION, GST_LICENSE_UNKNOWN, "safelight", "https://github.com/safelight/safelight")

@@ -1,13 +1,13 @@
 /*
  * C client of a Safelight server: text to image, with previews while the picture is computed.
  *
- * For programs that call C: engines, plug-ins and other languages. All types are opaque. No function calls back, and
- * none throws. Handles may be used by several threads, except that the one that frees a handle must be the last to use
- * it. Texts are UTF-8 and end with a zero byte. A text or an image that is not said to be the caller's belongs to the
- * handle that it was asked of, and lives as long.
+ * For programs that can call C: engines, plug-ins and other languages. All types are opaque. The library has no
+ * callbacks and throws no exceptions. Several threads may use a handle, but freeing it must be its last use.
+ * Texts are UTF-8 and end with a zero byte. A text or an image belongs to the handle that returned it and lives as long,
+ * unless its function says that it is the caller's.
  *
- * A function that can fail has a last argument `error`, which may be NULL. Where it fails, it returns NULL, and `*error`
- * is the caller's, to be freed with safelight_error_free().
+ * A function that can fail has a last argument `error`, which may be NULL. If it fails, it returns NULL and sets `*error`,
+ * which is the caller's: free it with safelight_error_free().
  */
 #ifndef SAFELIGHT_H
 #define SAFELIGHT_H
@@ -25,8 +25,8 @@
 extern "C" {
 #endif
 
-/* The version of this header. Functions are added with a new minor version (the lower 16 bits) and changed or taken
- * away with a new major one (the upper 16 bits): a library serves a program with the same major and no later minor. */
+/* The version of this header. New functions raise the minor version (the lower 16 bits); changed or removed ones raise
+ * the major version (the upper 16 bits). A library works with a program of the same major and no later minor version. */
 #define SAFELIGHT_ABI_VERSION 0x00010002u
 
 /* The version that the library was built with. */
@@ -36,17 +36,17 @@ SAFELIGHT_API uint32_t safelight_abi_version(void);
 
 typedef struct safelight_error safelight_error;
 
-/* The code of gRPC, such as 3, INVALID_ARGUMENT; never 0. What the library itself refuses is 3 too. */
+/* The gRPC status code, such as 3 (INVALID_ARGUMENT); never 0. Arguments that the library itself refuses are 3 too. */
 SAFELIGHT_API int32_t safelight_error_code(const safelight_error *error);
 /* The code's name, such as "INVALID_ARGUMENT". */
 SAFELIGHT_API const char *safelight_error_code_name(const safelight_error *error);
 /* A stable name for programs, such as "QUEUE_FULL"; "" where there is none. */
 SAFELIGHT_API const char *safelight_error_reason(const safelight_error *error);
-/* For people. */
+/* A description for people. */
 SAFELIGHT_API const char *safelight_error_message(const safelight_error *error);
 /* Seconds after which to retry; -1 where the server named none. */
 SAFELIGHT_API double safelight_error_retry_after_s(const safelight_error *error);
-/* What to change of an invalid request: the path of a field and a description. "" beyond the last. */
+/* What to change in an invalid request: for each violation, the path of a field and a description. "" beyond the last. */
 SAFELIGHT_API int32_t safelight_error_num_violations(const safelight_error *error);
 SAFELIGHT_API const char *safelight_error_violation_field(const safelight_error *error, int32_t index);
 SAFELIGHT_API const char *safelight_error_violation_description(const safelight_error *error, int32_t index);
@@ -59,17 +59,17 @@ typedef struct safelight_options safelight_options;
 SAFELIGHT_API safelight_options *safelight_options_new(void);
 /* Sent as a bearer token. Visible ASCII characters. */
 SAFELIGHT_API void safelight_options_set_api_key(safelight_options *options, const char *api_key);
-/* Asks by TLS. `ca_pem`: the authorities to trust, as PEM; NULL or "": those of the system. `server_name`: the name in
- * the certificate, where it differs from the target's; NULL or "": it does not. */
+/* Uses TLS. `ca_pem`: the certificate authorities to trust, as PEM; NULL or "": those of the system. `server_name`: the
+ * name in the server's certificate, if it is not the target's host; NULL or "": it is. */
 SAFELIGHT_API void safelight_options_set_tls(safelight_options *options, const char *ca_pem, const char *server_name);
 /* The client's own certificate and key, as PEM, for a server that asks for them. Only with TLS. */
 SAFELIGHT_API void safelight_options_set_certificate(safelight_options *options, const char *certificate_pem,
                                                      const char *key_pem);
-/* How long a generation whose connection is lost is asked for again, since its last event: 60 s. */
+/* How long the client tries to resume a generation after a lost connection, counted from its last event: 60 s. */
 SAFELIGHT_API void safelight_options_set_patience_s(safelight_options *options, double patience_s);
-/* How often a request is sent again that was refused with the time after which to retry: 3. */
+/* How often a request is sent again if its refusal says after which time to retry: 3. */
 SAFELIGHT_API void safelight_options_set_retries(safelight_options *options, int32_t retries);
-/* The longest message that is taken, in bytes; a longer one is the error RESOURCE_EXHAUSTED: 4 MiB. */
+/* The largest message that is received, in bytes: 4 MiB. A larger one is the error RESOURCE_EXHAUSTED. */
 SAFELIGHT_API void safelight_options_set_max_message_bytes(safelight_options *options, int32_t num_bytes);
 SAFELIGHT_API void safelight_options_free(safelight_options *options);
 
@@ -77,15 +77,15 @@ SAFELIGHT_API void safelight_options_free(safelight_options *options);
 
 typedef struct safelight_client safelight_client;
 
-/* A connection to "host:port". Several replicas are separated by commas; when one is lost, the next one is asked.
+/* A connection to "host:port". Several replicas are separated by commas; if one fails, the next one is used.
  * Nothing is connected before the first request. `options` may be NULL, and may be freed afterwards. */
 SAFELIGHT_API safelight_client *safelight_client_new(const char *target, const safelight_options *options,
                                                      safelight_error **error);
-/* Its generations go on. */
+/* Frees the client. Its generations continue. */
 SAFELIGHT_API void safelight_client_free(safelight_client *client);
 
-/* The server's models, a state of a generation, and a generation as it ended when it was cancelled, with the step that
- * each output had reached: ListModelsResponse and Generation of the contract, as JSON. These three wait for the server.
+/* List the server's models; get the present state of a generation; cancel one and get its final state, with the step that
+ * each output had reached. They return ListModelsResponse or Generation of the API as JSON, and wait for the server.
  * The text is the caller's, to be freed with safelight_text_free(). */
 SAFELIGHT_API char *safelight_client_models(safelight_client *client, safelight_error **error);
 SAFELIGHT_API char *safelight_client_get(safelight_client *client, const char *generation, safelight_error **error);
@@ -102,10 +102,10 @@ SAFELIGHT_API char *safelight_client_upload_image(safelight_client *client, cons
 
 typedef struct safelight_request safelight_request;
 
-/* Asks for one picture, as the model's defaults have it. Previews and picture are raw RGBA8, so that they can be
- * copied into a texture. */
+/* A request for one picture with the model's defaults. Previews and picture are raw RGBA8, so that they can be copied into
+ * a texture. */
 SAFELIGHT_API safelight_request *safelight_request_new(const char *prompt);
-/* A GenerateRequest of the contract, as JSON: {"spec": {"prompt": "a red potion"}}. Nothing is added to it. */
+/* A GenerateRequest of the API as JSON: {"spec": {"prompt": "a red potion"}}. Nothing is added to it. */
 SAFELIGHT_API safelight_request *safelight_request_from_json(const char *json, safelight_error **error);
 /* "models/NAME"; "" or NULL: the server's default. */
 SAFELIGHT_API void safelight_request_set_model(safelight_request *request, const char *model);
@@ -116,23 +116,25 @@ SAFELIGHT_API void safelight_request_set_guidance_scale(safelight_request *reque
 /* A picture to start from: the name of one that was uploaded, or "generations/ID/outputs/INDEX", the picture of another
  * generation. Since 1.1, as the next two. */
 SAFELIGHT_API void safelight_request_set_init_image(safelight_request *request, const char *image);
-/* How much of it is given up, above 0 and at most 1: 0.8. */
+/* How far the picture may depart from the init image, above 0 and at most 1. Default: 0.8. */
 SAFELIGHT_API void safelight_request_set_strength(safelight_request *request, double strength);
-/* Which part of it is developed anew: white, or transparent if it has an alpha channel. Named as that. */
+/* The mask, named like the init image: white (or, with an alpha channel, transparent) parts are developed anew. */
 SAFELIGHT_API void safelight_request_set_mask(safelight_request *request, const char *image);
-/* Guidance in a part of the steps alone, as shares of all steps: 0.2 to 0.8. Other steps cost half. Since 1.2, as the next two. */
+/* Applies guidance in some of the steps only, as shares of all steps: 0.2 to 0.8. Steps outside cost half. Since 1.2, as
+ * the next two. */
 SAFELIGHT_API void safelight_request_set_guidance_interval(safelight_request *request, double start, double end);
-/* How much of the contrast that guidance adds is taken back, 0 to 1. */
+/* How much of the contrast that guidance adds is taken back, from 0 to 1. */
 SAFELIGHT_API void safelight_request_set_guidance_rescale(safelight_request *request, double rescale);
-/* What may be given up under load, each if it is not 0: all steps but `min_num_steps`; decoded previews; the very picture, for a
- * finished one of at least `min_similarity`, at most 1. */
+/* How far the server may lower the quality under load; 0 forbids each of the three. `min_num_steps`: the denoising steps to
+ * use then. `cheaper_previews`: previews may be made by a cheaper method. `min_similarity`, at most 1: a finished picture
+ * of at least this similarity may be served instead. */
 SAFELIGHT_API void safelight_request_set_quality_floor(safelight_request *request, int32_t min_num_steps,
                                                        int32_t cheaper_previews, double min_similarity);
-/* One more picture, with this seed. */
+/* Adds a picture with this seed. */
 SAFELIGHT_API void safelight_request_add_output(safelight_request *request, uint64_t seed);
-/* The longest edge of previews; larger ones are scaled down. */
+/* The longest edge of previews in pixels; larger previews are scaled down. */
 SAFELIGHT_API void safelight_request_set_preview_max_edge(safelight_request *request, int32_t max_edge_px);
-/* A preview after every n-th step. */
+/* Sends a preview after every n-th step. */
 SAFELIGHT_API void safelight_request_set_preview_every_n_steps(safelight_request *request, int32_t n);
 /* The encoding of the picture, such as "image/png". */
 SAFELIGHT_API void safelight_request_set_picture_media_type(safelight_request *request, const char *media_type);
@@ -144,8 +146,8 @@ typedef struct safelight_generation safelight_generation;
 
 typedef enum safelight_state {
   SAFELIGHT_STATE_ASKED = 0,     /* The server has not answered yet. */
-  SAFELIGHT_STATE_ACCEPTED = 1,  /* It was admitted: it waits, or it is computed. */
-  SAFELIGHT_STATE_SUCCEEDED = 2, /* All pictures are here. */
+  SAFELIGHT_STATE_ACCEPTED = 1,  /* It was admitted: it is queued or being computed. */
+  SAFELIGHT_STATE_SUCCEEDED = 2, /* All pictures have been received. */
   SAFELIGHT_STATE_FAILED = 3,    /* safelight_generation_error() says why; CANCELLED (1) is one of the codes. */
   SAFELIGHT_STATE_CLOSED = 4     /* safelight_generation_close() was called before its end. */
 } safelight_state;
@@ -154,50 +156,51 @@ typedef enum safelight_state {
  * output, and all pictures. `timeout_s`: its deadline, over all connections; 0: none. The request may be freed. */
 SAFELIGHT_API safelight_generation *safelight_generate(safelight_client *client, const safelight_request *request,
                                                        double timeout_s, safelight_error **error);
-/* Watches "generations/ID", which exists: a second screen. `request` says which previews; NULL: none. */
+/* Watches an existing generation, "generations/ID". Of `request` only the preview options are used; NULL: no previews. */
 SAFELIGHT_API safelight_generation *safelight_watch(safelight_client *client, const char *generation,
                                                     const safelight_request *request, double timeout_s,
                                                     safelight_error **error);
 
 SAFELIGHT_API safelight_state safelight_generation_state(const safelight_generation *generation);
-/* Waits until it has ended, for `timeout_s` at most; negative: as long as it takes. The state then. */
+/* Waits until the generation has ended, for at most `timeout_s`; negative: without a limit. Returns its state. */
 SAFELIGHT_API safelight_state safelight_generation_wait(safelight_generation *generation, double timeout_s);
 /* Its name, "generations/ID"; "" before it was accepted. */
 SAFELIGHT_API const char *safelight_generation_name(const safelight_generation *generation);
-/* The size of its pictures. Returns 1; 0 before it was accepted. */
+/* Sets the size of its pictures and returns 1; returns 0 before it was accepted. */
 SAFELIGHT_API int32_t safelight_generation_size(const safelight_generation *generation, int32_t *width_px,
                                                 int32_t *height_px);
 /* Why it failed; NULL while it has not. */
 SAFELIGHT_API const safelight_error *safelight_generation_error(const safelight_generation *generation);
-/* Steps that an output has made, and in all; `num_steps` may be NULL. */
+/* Returns how many steps an output has made and sets `num_steps`, which may be NULL, to the steps in all. */
 SAFELIGHT_API int32_t safelight_generation_step(const safelight_generation *generation, int32_t output_index,
                                                 int32_t *num_steps);
 
-/* Asks the server to stop it, and waits for the answer, as safelight_client_cancel() does. NULL with an error where it
- * was not accepted yet: then safelight_generation_close() is enough. */
+/* Asks the server to stop it and waits for the answer, as safelight_client_cancel() does. If it was not accepted yet, this
+ * returns NULL and an error; safelight_generation_close() is then enough. */
 SAFELIGHT_API char *safelight_generation_cancel(safelight_generation *generation, safelight_error **error);
-/* Looks away: the server suspends the generation, and cancels it after its grace. Does not wait. */
+/* Stops watching: the server suspends the generation, and cancels it after its grace period. Does not wait. */
 SAFELIGHT_API void safelight_generation_close(safelight_generation *generation);
-/* Closes it, and frees it with all that belongs to it. */
+/* Closes the generation, and frees it with everything that belongs to it. */
 SAFELIGHT_API void safelight_generation_free(safelight_generation *generation);
 
-/* Copies the newest image of an output into the caller's buffer: a preview, in the end the picture. For game loops:
- * never waits.
+/* Copies the newest image of an output into the caller's buffer: a preview, or at the end the picture. It never waits, so
+ * it can be called in a game loop.
  *
- * `pixels`: RGBA8, sRGB, straight alpha. Rows begin `row_pitch` bytes apart; 0: four times the width. `flip`: not 0:
- * the lowest row first. `num_bytes`: size of the buffer. `width_px`, `height_px` and `step` are set to those of the
- * image; `step` is 0 for the picture. Each may be NULL.
+ * `pixels`: gets RGBA8, sRGB, straight alpha. `row_pitch`: bytes from one row to the next; 0: four times the width. `flip`:
+ * if not 0, the lowest row comes first. `num_bytes`: size of the buffer. `width_px`, `height_px` and `step` are set to
+ * those of the image; `step` is 0 for the picture. Each of them may be NULL.
  *
- * Returns SAFELIGHT_COPIED; SAFELIGHT_NOTHING_NEW where this function has copied the newest one before or there is none;
- * SAFELIGHT_TOO_SMALL where the buffer or the pitch does not hold the image, which is not passed over; or
- * SAFELIGHT_NOT_RAW where its encoding is another one. The size of a preview may differ from the picture's: what is
- * beside it in the buffer stays. */
+ * Returns SAFELIGHT_COPIED; SAFELIGHT_NOTHING_NEW if this function has copied the newest image before or there is none;
+ * SAFELIGHT_TOO_SMALL if the buffer or the pitch is too small for the image, which can still be copied; or
+ * SAFELIGHT_NOT_RAW if the image has another encoding. A preview may be smaller than the picture; the rest of the buffer
+ * is then left as it is. */
 enum { SAFELIGHT_NOTHING_NEW = 0, SAFELIGHT_COPIED = 1, SAFELIGHT_TOO_SMALL = -1, SAFELIGHT_NOT_RAW = -2 };
 SAFELIGHT_API int32_t safelight_generation_poll_rgba8(safelight_generation *generation, int32_t output_index,
                                                       void *pixels, size_t num_bytes, size_t row_pitch, int32_t flip,
                                                       int32_t *width_px, int32_t *height_px, int32_t *step);
 
-/* The same, scaled to the size that the caller wants (bilinear): previews may be smaller than the picture. */
+/* As the function above, but scales the image (bilinearly) to the given size, since previews may be smaller than the
+ * picture. */
 SAFELIGHT_API int32_t safelight_generation_poll_scaled_rgba8(safelight_generation *generation, int32_t output_index,
                                                              void *pixels, size_t num_bytes, size_t row_pitch,
                                                              int32_t flip, int32_t width_px, int32_t height_px,
@@ -213,22 +216,22 @@ SAFELIGHT_API const safelight_image *safelight_generation_picture(const safeligh
 SAFELIGHT_API const char *safelight_image_media_type(const safelight_image *image);
 SAFELIGHT_API int32_t safelight_image_width_px(const safelight_image *image);
 SAFELIGHT_API int32_t safelight_image_height_px(const safelight_image *image);
-/* From one row to the next for raw pixels, else 0. */
+/* Bytes from one row to the next for raw pixels, else 0. */
 SAFELIGHT_API int32_t safelight_image_stride_bytes(const safelight_image *image);
-/* 1 where the first of the raw rows is the lowest one. */
+/* 1 if the first of the raw rows is the lowest one. */
 SAFELIGHT_API int32_t safelight_image_bottom_up(const safelight_image *image);
 /* The encoded bytes. */
 SAFELIGHT_API const uint8_t *safelight_image_data(const safelight_image *image, size_t *num_bytes);
-/* Of pictures: the seed. */
+/* The seed of a picture. */
 SAFELIGHT_API uint64_t safelight_image_seed(const safelight_image *image);
-/* Copies raw pixels, with arguments and results as above. */
+/* Copies raw pixels; arguments and results as for safelight_generation_poll_rgba8(). */
 SAFELIGHT_API int32_t safelight_image_copy_rgba8(const safelight_image *image, void *pixels, size_t num_bytes,
                                                  size_t row_pitch, int32_t flip);
-/* The same, scaled to the size that the caller wants. */
+/* As the function above, but scales the image to the given size. */
 SAFELIGHT_API int32_t safelight_image_scale_rgba8(const safelight_image *image, void *pixels, size_t num_bytes,
                                                   size_t row_pitch, int32_t flip, int32_t width_px, int32_t height_px);
 
-/* ---- Events: for programs that want all that happens, in its order ---- */
+/* ---- Events: for programs that need everything that happens, in order ---- */
 
 typedef struct safelight_event safelight_event;
 
@@ -240,22 +243,22 @@ typedef enum safelight_event_kind {
   SAFELIGHT_EVENT_FINISHED = 5
 } safelight_event_kind;
 
-/* The next event, the caller's. Waits for `timeout_s` at most; negative: as long as it takes; 0: not at all. NULL where
- * none came, and after the end: safelight_generation_state() then says which. Of progress and previews that were not
- * taken, only the newest of each output is left. Independent of safelight_generation_poll_rgba8(). */
+/* Returns the next event, which is the caller's. Waits for at most `timeout_s`; negative: without a limit; 0: not at all.
+ * NULL if none came in time, and after the end; safelight_generation_state() tells which. If progress and previews are
+ * not taken in time, only the newest of each output is kept. Independent of safelight_generation_poll_rgba8(). */
 SAFELIGHT_API safelight_event *safelight_generation_next(safelight_generation *generation, double timeout_s);
 SAFELIGHT_API safelight_event_kind safelight_event_get_kind(const safelight_event *event);
-/* Of PROGRESS, PREVIEW and PICTURE; else 0. */
+/* For PROGRESS, PREVIEW and PICTURE: the index of the output; else 0. */
 SAFELIGHT_API int32_t safelight_event_output_index(const safelight_event *event);
-/* Of PROGRESS and PREVIEW; else 0. */
+/* For PROGRESS and PREVIEW: the steps made; else 0. */
 SAFELIGHT_API int32_t safelight_event_step(const safelight_event *event);
-/* Of PROGRESS: in all; else 0. */
+/* For PROGRESS: the steps in all; else 0. */
 SAFELIGHT_API int32_t safelight_event_num_steps(const safelight_event *event);
-/* Of PREVIEW: how many were passed over since the one before, at the server and here; else 0. */
+/* For PREVIEW: number of previews skipped since the previous one, by the server and here; else 0. */
 SAFELIGHT_API int32_t safelight_event_num_dropped(const safelight_event *event);
-/* Of PREVIEW and PICTURE; else NULL. */
+/* For PREVIEW and PICTURE: the image; else NULL. */
 SAFELIGHT_API const safelight_image *safelight_event_image(const safelight_event *event);
-/* Of ACCEPTED and FINISHED: the message of the contract, as JSON; else "". */
+/* For ACCEPTED and FINISHED: the message of the API as JSON; else "". */
 SAFELIGHT_API const char *safelight_event_json(const safelight_event *event);
 SAFELIGHT_API void safelight_event_free(safelight_event *event);
 

@@ -1,4 +1,4 @@
--- Eight sprites that develop side by side, with what each has come to: love clients/cpp/love [HOST:PORT]
+-- Shows eight generations side by side, each with its progress. Run: love clients/cpp/love [HOST:PORT]
 local safelight = require("safelight")
 
 local SPRITE, COLUMNS = 128, 4
@@ -18,7 +18,7 @@ end
 function love.update()
   local num_ended = 0
   for _, sprite in ipairs(sprites) do
-    if sprite.ended then num_ended = num_ended + 1 end  -- and drawn, in the frame before
+    if sprite.ended then num_ended = num_ended + 1 end  -- its picture was drawn in the frame before
     sprite:update()
   end
   if num_ended == #sprites and not finished then

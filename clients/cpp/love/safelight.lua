@@ -1,4 +1,4 @@
---- Pictures from a Safelight server in LÖVE: images that develop while the game runs.
+--- Safelight client for LÖVE: images that show the previews of pictures while the game runs.
 --
 --   local safelight = require("safelight")
 --   local client = safelight.connect("127.0.0.1:8421")
@@ -6,11 +6,11 @@
 --   function love.update() potion:update() end
 --   function love.draw() if potion.image then love.graphics.draw(potion.image) end end
 --
--- By LuaJIT's FFI on libsafelight, which the loader must find (LD_LIBRARY_PATH, or SAFELIGHT_LIBRARY with its path).
--- Nothing here waits for the server, except Generation:cancel.
+-- It calls libsafelight by LuaJIT's FFI. The loader must find it (LD_LIBRARY_PATH, or SAFELIGHT_LIBRARY with its path).
+-- Only Generation:cancel waits for the server.
 local ffi = require("ffi")
 
--- From safelight.h; tests/engines/test_love.py compares.
+-- Copied from safelight.h; tests/engines/test_love.py compares them.
 ffi.cdef [[
 typedef struct safelight_error safelight_error;
 typedef struct safelight_options safelight_options;
@@ -54,7 +54,7 @@ local safelight = {}
 local Client, Generation = {}, {}
 Client.__index, Generation.__index = Client, Generation
 
---- Calls a function whose last argument is an error, and raises that.
+--- Calls a function whose last argument is an error, and raises that error.
 local function checked(call, ...)
   local failure = ffi.new("safelight_error *[1]")
   local arguments = {...}
@@ -66,7 +66,7 @@ local function checked(call, ...)
   error(message, 3)
 end
 
---- A client of "host:port"; options: api_key, ca_pem, server_name.
+--- Makes a client of "host:port". Options: api_key, ca_pem, server_name.
 function safelight.connect(target, options)
   options = options or {}
   local given = ffi.gc(lib.safelight_options_new(), lib.safelight_options_free)
@@ -76,8 +76,8 @@ function safelight.connect(target, options)
   return setmetatable({handle = ffi.gc(handle, lib.safelight_client_free)}, Client)
 end
 
---- Starts a generation; returns at once. Fields: prompt, and as the model's defaults have it negative_prompt, model, width,
--- height, steps, guidance_scale, seed (a whole number below 2^53); timeout_s is its deadline.
+--- Starts a generation and returns at once. Fields: prompt; optional, with the model's defaults: negative_prompt, model,
+-- width, height, steps, guidance_scale, seed (a whole number below 2^53); timeout_s is its deadline.
 function Client:generate(fields)
   local request = ffi.gc(lib.safelight_request_new(fields.prompt), lib.safelight_request_free)
   lib.safelight_request_set_model(request, fields.model)
@@ -93,11 +93,11 @@ function Client:generate(fields)
   return setmetatable(generation, Generation)
 end
 
---- Takes what has come: sets `image` (an Image of the picture's size, nil before there is one), `step`, `num_steps`,
--- `ended`, and `failure` (a text) with `reason`. Whether the image has changed. To be called once a frame.
+--- Takes what has come; call it once a frame. Sets `image` (an Image of the picture's size, nil before the first preview),
+-- `step`, `num_steps`, `ended`, and `failure` (a text) with `reason`. Returns whether the image has changed.
 function Generation:update()
   if self.ended then return false end
-  local state = lib.safelight_generation_state(self.handle)  -- before the poll: the picture is there at the end
+  local state = lib.safelight_generation_state(self.handle)  -- before the poll, which then gives the picture
   local size, num_steps = ffi.new("int32_t[2]"), ffi.new("int32_t[1]")
   self.step = lib.safelight_generation_step(self.handle, 0, num_steps)
   self.num_steps = num_steps[0]
@@ -122,12 +122,13 @@ function Generation:update()
   return changed
 end
 
---- Asks the server to stop it, and waits for the answer.
+--- Asks the server to stop the generation, and waits for the answer.
 function Generation:cancel()
   lib.safelight_text_free(checked(lib.safelight_generation_cancel, self.handle))
 end
 
---- Looks away: the server suspends it, and cancels it after its grace. So does the garbage collector.
+--- Stops watching: the server suspends the generation, and cancels it after its grace period. The garbage collector does so
+-- too.
 function Generation:close()
   lib.safelight_generation_free(ffi.gc(self.handle, nil))
   self.handle, self.ended = nil, true

@@ -15,7 +15,7 @@ namespace v1 = safelight::v1;
 namespace {
 
 constexpr char kRaw[] = "application/x-raw-rgba8";
-constexpr double kLongestS = 1e8;  // three years: longer ones do not fit the clock
+constexpr double kLongestS = 1e8;  // three years: longer times overflow the clock
 
 std::string text(const char* given) { return given ? given : ""; }
 
@@ -34,7 +34,7 @@ Handle& required(Handle* handle, const char* what) {
   return *handle;
 }
 
-/// For setters: what cannot be set for want of memory stays as it is.
+/// For setters: if there is no memory, the value stays as it is.
 template <typename Work>
 void quietly(Work work) noexcept {
   guarded(nullptr, 0, [&work] {
@@ -80,7 +80,7 @@ void tell(safelight_error** error) noexcept {
 
 std::string to_json(const google::protobuf::Message& message) {
   google::protobuf::util::JsonPrintOptions options;
-  options.always_print_primitive_fields = true;  // a reader need not know what is left out
+  options.always_print_primitive_fields = true;  // so that readers need not know the default values
   std::string json;
   const auto status = google::protobuf::util::MessageToJsonString(message, &json, options);
   if (!status.ok()) throw std::runtime_error(status.ToString());
@@ -327,7 +327,7 @@ safelight_state safelight_generation_wait(safelight_generation* generation, doub
 
 const char* safelight_generation_name(const safelight_generation* generation) {
   std::lock_guard lock(generation->mutex);
-  return generation->name.empty() ? "" : generation->name.c_str();  // the address of an empty one would not last
+  return generation->name.empty() ? "" : generation->name.c_str();  // the address of an empty name would become invalid
 }
 
 int32_t safelight_generation_size(const safelight_generation* generation, int32_t* width_px, int32_t* height_px) {
@@ -375,7 +375,7 @@ int32_t safelight_generation_poll_scaled_rgba8(safelight_generation* generation,
 // Images.
 
 const safelight_image* safelight_generation_picture(const safelight_generation* generation, int32_t output_index) {
-  return generation->output(output_index).picture.get();  // the generation keeps it
+  return generation->output(output_index).picture.get();  // the generation keeps it alive
 }
 const char* safelight_image_media_type(const safelight_image* image) { return image->image.media_type.c_str(); }
 int32_t safelight_image_width_px(const safelight_image* image) { return image->image.width_px; }

@@ -5,9 +5,9 @@
 
 namespace {
 
-constexpr double kLongestWaitS = 1e8;  // three years: longer ones do not fit the clock
+constexpr double kLongestWaitS = 1e8;  // three years: longer times overflow the clock
 
-/// Waits on a condition; a negative time is for ever.
+/// Waits on a condition; a negative time means without a limit.
 template <typename Done>
 void wait_for(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, double timeout_s, Done done) {
   if (timeout_s < 0 || timeout_s > kLongestWaitS) {
@@ -99,7 +99,7 @@ void safelight_generation::take(safelight::Event& event) {
   changed.notify_all();
 }
 
-/// Adds an event, in place of an older progress or preview of the same output.
+/// Adds an event; it replaces an older progress or preview of the same output.
 void safelight_generation::push(std::unique_ptr<safelight_event> event) {
   if (event->kind == SAFELIGHT_EVENT_PROGRESS || event->kind == SAFELIGHT_EVENT_PREVIEW) {
     const auto older = std::find_if(events_.begin(), events_.end(), [&event](const auto& one) {
@@ -141,7 +141,7 @@ int32_t safelight_generation::poll_rgba8(int32_t index, const safelight::Target&
   if (width) *width = known.newest->image.width_px;
   if (height) *height = known.newest->image.height_px;
   if (step) *step = known.newest->step;
-  const int32_t result = safelight::copy_rgba8(known.newest->image, target);  // unlocked: it may take milliseconds
+  const int32_t result = safelight::copy_rgba8(known.newest->image, target);  // unlocked, as it may take milliseconds
   if (result == SAFELIGHT_COPIED) {
     std::lock_guard lock(mutex);
     Output& now = outputs_[index];

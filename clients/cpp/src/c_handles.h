@@ -1,4 +1,4 @@
-/// What is behind the opaque types of safelight.h.
+/// Defines the opaque types of safelight.h.
 #pragma once
 
 #include <condition_variable>
@@ -42,7 +42,7 @@ struct safelight_request {
 struct safelight_image {
   safelight::Image image;
   uint64_t seed = 0;
-  int32_t step = 0;  // 0: a picture
+  int32_t step = 0;  // 0 for a picture
 };
 
 struct safelight_event {
@@ -58,7 +58,7 @@ namespace safelight {
 void tell(safelight_error** error) noexcept;
 safelight_error* make_error(const Error& failure);
 
-/// A buffer of the caller's, for rows of RGBA8. No width: that of the image.
+/// The caller's buffer for rows of RGBA8. Without a width, the image's width is used.
 struct Target {
   void* pixels;
   std::size_t num_bytes, row_pitch;
@@ -66,12 +66,12 @@ struct Target {
   int32_t width_px = 0, height_px = 0;
 };
 
-/// Copies raw pixels, scaled where the target has another size. One of SAFELIGHT_COPIED, TOO_SMALL and NOT_RAW.
+/// Copies raw pixels, scaled if the target has another size. Returns SAFELIGHT_COPIED, TOO_SMALL or NOT_RAW.
 int32_t copy_rgba8(const Image& image, const Target& target);
 std::string to_json(const google::protobuf::Message& message);
 char* copied(const std::string& text);
 
-/// Runs `work` and returns what it returns; on an exception `fallback`, with `*error` where that is wanted.
+/// Runs `work` and returns its result; on an exception returns `fallback` and sets `*error` if `error` is not null.
 template <typename Value, typename Work>
 Value guarded(safelight_error** error, Value fallback, Work work) noexcept {
   if (error) *error = nullptr;
@@ -85,8 +85,8 @@ Value guarded(safelight_error** error, Value fallback, Work work) noexcept {
 
 }  // namespace safelight
 
-/// A generation with the thread that receives it. What is kept is bounded: the newest preview and progress of each
-/// output, and what comes once.
+/// A generation with the thread that receives it. Its memory is bounded: it keeps the newest preview and progress of each
+/// output, and the events that come once.
 struct safelight_generation {
   safelight_generation(std::shared_ptr<safelight::Client> client, safelight::Stream stream);
   ~safelight_generation();
@@ -94,7 +94,7 @@ struct safelight_generation {
   struct Output {
     int32_t step = 0, num_steps = 0;
     std::shared_ptr<const safelight_image> newest, picture;
-    bool polled = true;  // the newest was copied by poll_rgba8
+    bool polled = true;  // whether poll_rgba8 has copied the newest image
   };
 
   void close();
@@ -102,16 +102,16 @@ struct safelight_generation {
   safelight_state wait(double timeout_s);
   int32_t poll_rgba8(int32_t index, const safelight::Target& target, int32_t* width_px, int32_t* height_px,
                      int32_t* step);
-  /// A copy of what is known of an output.
+  /// A copy of the state of an output.
   Output output(int32_t index) const;
 
   const std::shared_ptr<safelight::Client> client;
 
-  mutable std::mutex mutex;  // of all below but the stream and the thread
+  mutable std::mutex mutex;  // protects all members below except the stream and the thread
   std::condition_variable changed;
   safelight_state state = SAFELIGHT_STATE_ASKED;
   int32_t width_px = 0, height_px = 0;
-  std::string name;  // set once: its address may be given away
+  std::string name;  // set once, since its address is given to callers
   std::unique_ptr<safelight_error> error;
 
  private:
@@ -122,5 +122,5 @@ struct safelight_generation {
   std::map<int32_t, Output> outputs_;
   std::deque<std::unique_ptr<safelight_event>> events_;
   safelight::Stream stream_;
-  std::thread thread_;  // last: it uses the others
+  std::thread thread_;  // the last member, since the thread uses the others
 };

@@ -8,7 +8,7 @@
 namespace safelight {
 namespace {
 
-/// Where a pixel of the target lies between two of the source, along one axis.
+/// The position of a target pixel between two source pixels, along one axis.
 struct Between {
   Between(int32_t at, int32_t num_to, int32_t num_from) {
     const float exact = (static_cast<float>(at) + 0.5f) * static_cast<float>(num_from) / static_cast<float>(num_to) - 0.5f;
@@ -18,7 +18,7 @@ struct Between {
     weight = inside - static_cast<float>(first);
   }
   std::size_t first, second;
-  float weight;  // of the second
+  float weight;  // of the second pixel
 };
 
 float mixed(float one, float other, float weight) { return one + (other - one) * weight; }
@@ -38,7 +38,7 @@ int32_t copy_rgba8(const Image& image, const Target& target) {
   const std::size_t row_bytes = 4 * static_cast<std::size_t>(width);
   const std::size_t last = static_cast<std::size_t>(height) - 1;
   const std::size_t pitch = target.row_pitch ? target.row_pitch : row_bytes;
-  // Divided, not multiplied: a pitch from outside may be so large that a product wraps.
+  // A division, since with a caller's very large pitch a product would overflow.
   if (pitch < row_bytes || target.num_bytes < row_bytes || (last && (target.num_bytes - row_bytes) / last < pitch)) {
     return SAFELIGHT_TOO_SMALL;
   }

@@ -8,7 +8,7 @@
 namespace safelight {
 namespace {
 
-constexpr int kWindowBytes = 64 << 10;  // previews wait at the server, where the newest wins, not here
+constexpr int kWindowBytes = 64 << 10;  // previews wait at the server, where newer ones replace older ones
 
 std::string trimmed(const std::string& text) {
   const auto first = text.find_first_not_of(" \t\r\n");
@@ -34,16 +34,16 @@ std::string host_of(std::string target) {
 grpc::ChannelArguments arguments(const std::string& target, const ClientOptions& options) {
   grpc::ChannelArguments given;
   given.SetUserAgentPrefix("safelight-cpp");
-  given.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // with the next line: the window does not grow
+  given.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // with the next line: keeps the window from growing
   given.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kWindowBytes);
-  // While a stream is open, a server that is frozen is seen within 15 seconds, as often as it happens.
+  // While a stream is open, a frozen server is noticed within 15 seconds, each time it happens.
   given.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
   given.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5'000);
   given.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   given.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  given.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5'000);  // also how long a server may take to answer
+  given.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5'000);  // also the time limit for a server's answer to a connection
   given.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2'000);
-  given.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a new channel is a new connection, not that of another one
+  given.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // so that a new channel makes a new connection
   given.SetMaxReceiveMessageSize(options.max_message_bytes);
   if (is_local(target)) given.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   if (options.credentials && !options.server_name.empty()) given.SetSslTargetNameOverride(options.server_name);

@@ -1,4 +1,4 @@
-/// The channels of a client and the server that it asks now.
+/// The channels of a client, and which server new calls use.
 #pragma once
 
 #include <atomic>
@@ -27,13 +27,12 @@ class Client::Impl {
   std::chrono::nanoseconds patience() const { return options_.patience; }
   int retries() const { return options_.retries; }
 
-  /// The server to ask after one that failed. Generations that lose a server together step to the same next one; new
-  /// calls follow the first of them only.
+  /// The server to use after one that failed. Generations that lose a server at the same time move to the same next one,
+  /// and only the first of them changes the server of new calls.
   std::size_t next(std::size_t failed);
 
-  /// Makes new calls at a server use a new connection, which a load balancer may give to another server; calls that are under
-  /// way stay on the old one, which ends with the last of them. Generations that are refused together give up the same
-  /// connection: the first of them replaces it.
+  /// Makes new calls use a new connection, which a load balancer may lead to another server. Open calls stay on the old
+  /// connection, which ends with the last of them. Generations that are refused at the same time replace it only once.
   void give_up(std::size_t index, const std::shared_ptr<grpc::Channel>& old);
 
   void authorize(grpc::ClientContext& context) const;
@@ -43,7 +42,7 @@ class Client::Impl {
 
   ClientOptions options_;
   std::vector<std::string> targets_;
-  mutable std::mutex mutex_;  ///< Of the next one.
+  mutable std::mutex mutex_;  ///< Protects the next member.
   std::vector<std::shared_ptr<grpc::Channel>> channels_;
   std::atomic<std::size_t> at_{0};
 };

@@ -27,7 +27,7 @@ std::string new_request_id() {
   return text;
 }
 
-/// Makes a call at the current server, and at each next one while one cannot be reached.
+/// Makes a call at the current server; if that cannot be reached, at the next ones in turn.
 template <typename Response, typename Ask>
 Response ask(Client::Impl& client, Ask call) {
   for (std::size_t left = client.size();; --left) {
@@ -86,14 +86,14 @@ v1::Generation Client::cancel(const std::string& generation) {
 }
 
 v1::Image Client::upload_image(const std::string& data) {
-  constexpr std::size_t kPieceBytes = 32 << 10;  // what a server takes in one message
+  constexpr std::size_t kPieceBytes = 32 << 10;  // the most that a server accepts in one message
   v1::UploadImageRequest first;
   first.set_sha256(sha256(data));
   first.set_total_bytes(static_cast<std::int64_t>(data.size()));
   return ask<v1::UploadImageResponse>(*impl_, [&](auto channel, auto* context, auto* response) {
            const auto stub = v1::ImageService::NewStub(channel);
            const auto upload = stub->UploadImage(context, response);
-           bool open = upload->Write(first);  // not where the server has answered already
+           bool open = upload->Write(first);  // false if the server has answered already
            for (std::size_t start = 0; open && start < data.size(); start += kPieceBytes) {
              v1::UploadImageRequest piece;
              piece.set_data(data.substr(start, kPieceBytes));

@@ -15,8 +15,8 @@ const char* code_name(grpc::StatusCode code) {
 
 namespace {
 
-/// A call that is CANCELLED without details, as a server that stops does, is a lost connection: whoever closes a stream
-/// here gets no error.
+/// A server that stops ends calls as CANCELLED without details; that counts as a lost connection. A stream that is closed
+/// here gives no error at all.
 grpc::Status as_lost(const grpc::Status& status) {
   if (status.error_code() != grpc::CANCELLED || !status.error_details().empty()) return status;
   return {grpc::UNAVAILABLE, "the call was cancelled, and not by its caller: " + status.error_message()};
@@ -30,7 +30,7 @@ std::string text(const grpc::Status& status) {
 
 Error::Error(grpc::Status status) : std::runtime_error(text(as_lost(status))), status_(as_lost(status)) {
   google::rpc::Status whole;
-  if (!whole.ParseFromString(status_.error_details())) return;  // a proxy's: the code and the message have to do
+  if (!whole.ParseFromString(status_.error_details())) return;  // a proxy's status has only a code and a message
   google::rpc::ErrorInfo info;
   google::rpc::BadRequest bad;
   google::rpc::RetryInfo retry;

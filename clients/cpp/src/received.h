@@ -1,4 +1,4 @@
-/// How far a generation was received, over all connections.
+/// What was received of a generation so far, over all connections.
 #pragma once
 
 #include <cstdint>
@@ -16,18 +16,18 @@ class Received {
   Received(std::size_t at, std::optional<v1::PreviewPolicy> preview, std::string name)
       : at(at), name(std::move(name)), preview_(std::move(preview)) {}
 
-  /// What a message means to the caller; empty for a piece of a picture and for what is of the protocol alone. The
-  /// message's bytes are moved out of it. Throws Error: a picture arrived damaged.
+  /// The event that a message is for the caller; empty for a piece of a picture and for details of the protocol. The
+  /// message's bytes are moved out of it. Throws Error if a picture arrived damaged.
   std::optional<Event> take(v1::GenerationEvent& message);
 
-  /// Asks to go on where the last connection ended.
+  /// The request that continues where the last connection ended.
   v1::WatchGenerationRequest watch() const;
 
-  std::size_t at;  ///< Index of the server that is asked.
+  std::size_t at;  ///< Index of the server that the generation uses.
   std::string name;
   std::uint64_t num_events = 0;
   bool finished = false;
-  bool durable = false;  ///< Another server can go on with it.
+  bool durable = false;  ///< Whether another server can continue it.
 
  private:
   std::optional<Event> take_chunk(v1::ArtifactChunk& chunk);
@@ -38,7 +38,7 @@ class Received {
   v1::Accepted accepted_;
   struct Part {
     std::string data;
-    std::int64_t num_bytes = 0;  ///< Received so far; the data itself is gone once the caller has the picture.
+    std::int64_t num_bytes = 0;  ///< Bytes received so far; the data itself is moved to the caller with the picture.
   };
   std::map<int, Part> parts_;
 };

@@ -13,15 +13,15 @@ namespace {
 using namespace std::chrono_literals;
 using std::chrono::nanoseconds;
 
-constexpr nanoseconds kFirstPatience = 5s;  // while no event was received: whoever asks where no server is learns it soon
+constexpr nanoseconds kFirstPatience = 5s;  // while no event was received, so that a wrong address fails soon
 constexpr nanoseconds kFirstWait = 100ms;
 constexpr nanoseconds kMaxWait = 2s;
 
 // After these reasons the same generation can be resumed; "" is a lost connection.
 constexpr std::array<std::string_view, 4> kResumable = {"", "WATCHER_STALLED", "MOVED", "OTHER_MODEL"};
-// After these the same call can succeed at another replica.
+// After these reasons the same call can succeed at another replica.
 constexpr std::array<std::string_view, 2> kElsewhere = {"DRAINING", "UNAVAILABLE"};
-// Reason of a server that takes no more.
+// Reason of a server that accepts no new requests.
 constexpr std::string_view kDraining = "DRAINING";
 
 template <typename Names>
@@ -34,13 +34,13 @@ nanoseconds scaled(nanoseconds wait, double least, double most) {
   return nanoseconds(static_cast<std::int64_t>(wait.count() * std::uniform_real_distribution(least, most)(random)));
 }
 
-/// `movable`: another server can go on with the generation.
+/// Whether the generation can be resumed. `movable`: another server can continue it.
 bool is_resumable(const Error& failure, bool movable) {
   return failure.code() == grpc::UNAVAILABLE &&
          (contains(kResumable, failure.reason()) || (movable && contains(kElsewhere, failure.reason())));
 }
 
-/// Whether the server has said when to ask again, and nothing has started.
+/// Whether the server has said when to retry, and nothing has started.
 bool is_refused_for_now(const Error& failure, const Received& received) {
   return failure.retry_after() && (failure.code() == grpc::RESOURCE_EXHAUSTED || received.name.empty());
 }
@@ -92,13 +92,13 @@ std::optional<Event> Stream::Impl::next() {
 void Stream::Impl::close() {
   std::lock_guard lock(mutex_);
   closed_ = true;
-  if (call_) call_->context.TryCancel();  // whoever looks away lets the server know
+  if (call_) call_->context.TryCancel();  // tells the server that nobody watches
   closing_.notify_all();
 }
 
 namespace {
 
-/// Reads events out of the responses of either call.
+/// Reads the events of either call's responses.
 template <typename Call, typename Response>
 void read_with(Call& call, std::unique_ptr<grpc::ClientReader<Response>> unique) {
   std::shared_ptr<grpc::ClientReader<Response>> reader = std::move(unique);
@@ -113,7 +113,7 @@ void read_with(Call& call, std::unique_ptr<grpc::ClientReader<Response>> unique)
 
 }  // namespace
 
-/// Starts the generation, or watches it where it has a name.
+/// Starts the generation, or watches it if it has a name already.
 void Stream::Impl::open() {
   auto fresh = std::make_unique<Call>();
   Call& call = *fresh;
@@ -124,7 +124,7 @@ void Stream::Impl::open() {
   }
   {
     std::lock_guard lock(mutex_);
-    call_ = std::move(fresh);  // before the call begins, which may wait for a connection: close() ends that too
+    call_ = std::move(fresh);  // set before the call begins, so that close() can end its wait for a connection
     if (closed_) call.context.TryCancel();
   }
   channel_ = client_->channel(received_.at);
@@ -136,7 +136,7 @@ void Stream::Impl::open() {
   }
 }
 
-/// Ends the present connection, where there is one.
+/// Ends the present connection, if there is one.
 grpc::Status Stream::Impl::finish() {
   if (!call_) return grpc::Status::OK;
   const grpc::Status status = call_->finish();
@@ -145,7 +145,7 @@ grpc::Status Stream::Impl::finish() {
   return status;
 }
 
-/// Waits until the generation may be asked for again. Throws `failure` where that is not to be, or not in time.
+/// Waits until the next attempt to resume. Throws `failure` if there is none, or none in time.
 void Stream::Impl::wait_to_retry(const Error& failure) {
   if (received_.num_events > num_events_) {
     tries_ = refusals_ = drains_ = 0;
@@ -167,7 +167,7 @@ void Stream::Impl::wait_to_retry(const Error& failure) {
     wait = scaled(failure.retry_after().value_or(kFirstWait), 1, 1.2);
   } else if (is_refused_for_now(failure, received_) && refusals_ < client_->retries()) {
     if (refusals_ == 0) give_up_at_ = Clock::now() + client_->patience();
-    wait = scaled(*failure.retry_after(), 1, 1.2);  // not all at the same moment
+    wait = scaled(*failure.retry_after(), 1, 1.2);  // clients must not all retry at the same moment
     ++refusals_;
   } else {
     ended_ = true;
@@ -179,7 +179,7 @@ void Stream::Impl::wait_to_retry(const Error& failure) {
     throw failure;
   }
   if (movable && failure.reason() != "WATCHER_STALLED") received_.at = client_->next(received_.at);
-  // A deadline that passes meanwhile is told by the next call, at once.
+  // If the deadline passes meanwhile, the next call fails with it at once.
   std::unique_lock lock(mutex_);
   closing_.wait_until(lock, deadline_ ? std::min(again, *deadline_) : again, [this] { return closed_; });
 }

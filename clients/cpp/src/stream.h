@@ -1,4 +1,4 @@
-/// Follows one generation over as many connections as it takes.
+/// Follows one generation over as many connections as necessary.
 #pragma once
 
 #include <chrono>
@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 
 class Stream::Impl {
  public:
-  /// `request`: absent where a generation is watched that exists.
+  /// `request`: absent to watch an existing generation.
   Impl(std::shared_ptr<Client::Impl> client, std::optional<v1::GenerateRequest> request, Received received,
        std::optional<std::chrono::nanoseconds> timeout);
   ~Impl();
@@ -41,16 +41,16 @@ class Stream::Impl {
   const std::shared_ptr<Client::Impl> client_;
   const std::optional<v1::GenerateRequest> request_;
   Received received_;
-  std::shared_ptr<grpc::Channel> channel_;  ///< Of the present connection, or the last one.
+  std::shared_ptr<grpc::Channel> channel_;  ///< The channel of the present or last connection.
   const std::optional<Clock::time_point> deadline_;
   int tries_ = 0;
   int refusals_ = 0;
   int drains_ = 0;
-  std::uint64_t num_events_ = 0;  ///< Received before the present connection.
+  std::uint64_t num_events_ = 0;  ///< Number of events received before the present connection.
   Clock::time_point give_up_at_;
   bool ended_ = false;
 
-  std::mutex mutex_;  ///< Of the two below, which close() touches.
+  std::mutex mutex_;  ///< Protects the two members below, which close() uses.
   std::condition_variable closing_;
   bool closed_ = false;
   std::unique_ptr<Call> call_;

@@ -1,5 +1,5 @@
-/* The test of the C client, run by tests/clients/test_c_abi.py against a real server: c_test HOST:PORT PIXELS.
- * Writes the rows of the picture, top down, to PIXELS; its exit status says whether all went well. */
+/* The test of the C client; tests/clients/test_c_abi.py runs it against a real server: c_test HOST:PORT PIXELS.
+ * Writes the rows of the picture, top down, to PIXELS. Exit status 0: all checks have passed. */
 #include <safelight.h>
 
 #include <stdio.h>
@@ -29,7 +29,7 @@ static void test_scaling(const safelight_image *picture) {
   size_t num_bytes, i;
   const unsigned char *pixels = safelight_image_data(picture, &num_bytes);
   CHECK(safelight_image_scale_rgba8(picture, large, sizeof large, 0, 0, 256, 256) == SAFELIGHT_COPIED);
-  for (i = 0; i < 4; ++i) { /* the corners are those of the picture */
+  for (i = 0; i < 4; ++i) { /* scaling keeps the corners */
     CHECK(large[i] == pixels[i]);
     CHECK(large[sizeof large - 4 + i] == pixels[num_bytes - 4 + i]);
     CHECK(abs(large[4 + i] - (3 * pixels[i] + pixels[4 + i]) / 4) <= 1); /* a quarter of the way */
@@ -41,7 +41,7 @@ static void test_scaling(const safelight_image *picture) {
   CHECK(safelight_image_scale_rgba8(picture, large, sizeof large, 0, 0, -1, 256) == SAFELIGHT_TOO_SMALL);
 }
 
-/* A game's loop: it never waits for the server, and has the picture in the end. */
+/* A game loop: it never waits for the server, and has the picture at the end. */
 static void test_polling(safelight_client *client, const char *file) {
   static unsigned char texture[PITCH * HEIGHT], flipped[4 * WIDTH * HEIGHT];
   safelight_error *error = NULL;
@@ -94,7 +94,7 @@ static void test_polling(safelight_client *client, const char *file) {
 
   test_scaling(picture);
 
-  /* Buffers and pitches that do not hold it, also such that their product wraps. */
+  /* Buffers and pitches that are too small for it, and pitches whose product overflows. */
   CHECK(safelight_image_copy_rgba8(picture, flipped, sizeof flipped - 1, 0, 0) == SAFELIGHT_TOO_SMALL);
   CHECK(safelight_image_copy_rgba8(picture, flipped, sizeof flipped, 4 * WIDTH - 1, 0) == SAFELIGHT_TOO_SMALL);
   CHECK(safelight_image_copy_rgba8(picture, flipped, sizeof flipped, (size_t)-1 / 4, 0) == SAFELIGHT_TOO_SMALL);
@@ -102,7 +102,7 @@ static void test_polling(safelight_client *client, const char *file) {
   safelight_generation_free(generation);
 }
 
-/* All events, in order, from a request that is JSON; then a second screen. */
+/* All events, in order, of a request in JSON; then the generation is watched a second time. */
 static void test_events(safelight_client *client) {
   static const char json[] =
       "{\"spec\": {\"prompt\": \"a red potion\", \"numInferenceSteps\": 6, \"outputs\": [{\"seed\": 8}, {\"seed\": 9}]},"
@@ -174,7 +174,7 @@ static void test_cancel(safelight_client *client) {
   safelight_request_free(request);
 }
 
-/* Looking away ends a wait at once; a generation may be freed at any moment, and after its client. */
+/* Closing a generation ends a wait at once; it may be freed at any moment, also after its client. */
 static void test_leaving(const char *target) {
   safelight_client *client = safelight_client_new(target, NULL, NULL);
   safelight_request *request = request_of("a red potion", 900, 11);
@@ -245,7 +245,7 @@ static void test_errors(safelight_client *client) {
   safelight_generation_free(NULL);
 }
 
-/* Guidance in a part of the steps, and a quality floor that allows all: of 0 fields none is said. */
+/* A guidance interval and a quality floor; fields that are 0 are left out of the request. */
 static void test_arguments(safelight_client *client) {
   safelight_error *error = NULL;
   safelight_request *request = request_of("a red potion", 4, 14);
@@ -265,7 +265,7 @@ static void test_arguments(safelight_client *client) {
   safelight_request_free(request);
 }
 
-/* Pictures to start from: the picture of another generation, and a file that is none. */
+/* Init images: the picture of another generation, and an upload that is not a picture. */
 static void test_pictures(safelight_client *client) {
   static const uint8_t no_picture[] = "no picture";
   safelight_error *error = NULL;

@@ -1,4 +1,4 @@
-// What needs no server: targets of this machine, arguments, the next replica, errors, damaged pictures.
+// Tests that need no server: targets on this machine, arguments, the next replica, errors, damaged pictures.
 #include <cstdlib>
 #include <iostream>
 

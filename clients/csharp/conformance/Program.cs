@@ -12,7 +12,7 @@ using System.Xml;
 using System.Xml.Linq;
 using Safelight;
 
-/// <summary>JSON as the elements of System.Runtime.Serialization.Json: the attribute "type" says what each is.</summary>
+/// <summary>JSON as the XML elements of System.Runtime.Serialization.Json, whose attribute "type" has their type.</summary>
 internal static class Written
 {
     internal static XElement Object(string name, params XElement[] fields) => Typed(name, "object", fields);
@@ -26,7 +26,7 @@ internal static class Written
         {
             return new XElement(name, new XAttribute("type", type), content);
         }
-        XNamespace item = "item";  // how a key is written that is no name in XML, such as "spec.outputs[0]"
+        XNamespace item = "item";  // element of a key that is not an XML name, such as "spec.outputs[0]"
         return new XElement(item + "item", new XAttribute("item", name), new XAttribute("type", type), content);
     }
 
@@ -56,7 +56,7 @@ internal static class Written
     }
 }
 
-/// <summary>What a runner prints of a generation.</summary>
+/// <summary>The outcome of a generation that a runner prints.</summary>
 internal sealed class Seen
 {
     internal string Generation = "";
@@ -220,7 +220,7 @@ internal static class Program
             Written.Array("steps", ended.Outputs.Select(output => Written.Number("item", output.Step))));
     }
 
-    /// <summary>What a second screen sees, and what the server says of the generation and of its models.</summary>
+    /// <summary>Watches a generation again; returns the events, and what the server reports of it and its models.</summary>
     private static XElement WatchAgain(Client client, string name)
     {
         var reliable = new List<string>();

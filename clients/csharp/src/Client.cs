@@ -8,16 +8,16 @@ using System.Xml.Linq;
 
 namespace Safelight
 {
-    /// <summary>A connection to a Safelight server. May be used by several threads.</summary>
+    /// <summary>A connection to a Safelight server. Several threads may use it.</summary>
     public sealed class Client : IDisposable
     {
         private readonly ClientHandle handle;
 
-        /// <param name="target">"host:port". Several replicas are separated by commas; when one is lost, the next one is
+        /// <param name="target">"host:port". Several replicas are separated by commas; if one fails, the next one is
         /// asked. Nothing is connected before the first request.</param>
         /// <param name="options">null: the defaults.</param>
-        /// <exception cref="DllNotFoundException">libsafelight is not where the system looks for libraries.</exception>
-        /// <exception cref="NotSupportedException">It is of another version.</exception>
+        /// <exception cref="DllNotFoundException">The system does not find libsafelight.</exception>
+        /// <exception cref="NotSupportedException">libsafelight has an unsuitable version.</exception>
         public Client(string target, ClientOptions options = null)
         {
             if (target == null) throw new ArgumentNullException(nameof(target));
@@ -29,7 +29,7 @@ namespace Safelight
             }
         }
 
-        /// <summary>Starts a generation; returns at once.</summary>
+        /// <summary>Starts a generation and returns at once.</summary>
         /// <param name="timeout">Its deadline, over all connections; null: none.</param>
         public Generation Generate(GenerateRequest request, TimeSpan? timeout = null)
         {
@@ -42,11 +42,11 @@ namespace Safelight
             }
         }
 
-        /// <summary>Starts a generation of one picture, as the model's defaults have it.</summary>
+        /// <summary>Starts a generation of one picture with the model's defaults.</summary>
         public Generation Generate(string prompt, TimeSpan? timeout = null) =>
             Generate(new GenerateRequest(prompt), timeout);
 
-        /// <summary>The first picture of a request, for programs that show no previews.</summary>
+        /// <summary>Requests pictures and returns the first, for programs that show no previews.</summary>
         /// <param name="cancellation">Closes the generation; the task is cancelled.</param>
         public async Task<Picture> PictureAsync(
             GenerateRequest request, TimeSpan? timeout = null, CancellationToken cancellation = default(CancellationToken))
@@ -57,8 +57,8 @@ namespace Safelight
             }
         }
 
-        /// <summary>Watches a generation that exists: a second screen.</summary>
-        /// <param name="previews">Says which previews; null: none.</param>
+        /// <summary>Watches an existing generation.</summary>
+        /// <param name="previews">A request whose preview options are used; null: no previews.</param>
         public Generation Watch(string generation, GenerateRequest previews = null, TimeSpan? timeout = null)
         {
             if (generation == null) throw new ArgumentNullException(nameof(generation));
@@ -71,14 +71,14 @@ namespace Safelight
             }
         }
 
-        /// <summary>The server's models. Waits for the answer, as the next two do.</summary>
+        /// <summary>Lists the server's models. Waits for the answer, as do the next two methods.</summary>
         public IReadOnlyList<Model> Models()
         {
             string json = Take(Native.safelight_client_models(handle, out ErrorHandle error), error);
             return Json.Parse(json).Elements("models").Elements("item").Select(model => new Model(model)).ToList();
         }
 
-        /// <summary>What the server knows of "generations/ID".</summary>
+        /// <summary>Returns the present state of "generations/ID".</summary>
         public GenerationInfo Get(string generation)
         {
             if (generation == null) throw new ArgumentNullException(nameof(generation));
@@ -86,7 +86,7 @@ namespace Safelight
             return new GenerationInfo(Take(Native.safelight_client_get(handle, name, out ErrorHandle error), error));
         }
 
-        /// <summary>Stops "generations/ID"; the answer has the step that each output had reached.</summary>
+        /// <summary>Stops "generations/ID" and returns its final state, with the step that each output had reached.</summary>
         public GenerationInfo Cancel(string generation)
         {
             if (generation == null) throw new ArgumentNullException(nameof(generation));
@@ -94,7 +94,7 @@ namespace Safelight
             return new GenerationInfo(Take(Native.safelight_client_cancel(handle, name, out ErrorHandle error), error));
         }
 
-        /// <summary>Sends a picture to start from: the bytes of a PNG, JPEG or WebP file. Waits for the answer.</summary>
+        /// <summary>Uploads an init image: the bytes of a PNG, JPEG or WebP file. Waits for the answer.</summary>
         /// <returns>Its name, for <see cref="GenerateRequest.InitImage"/>; the server keeps it for a while.</returns>
         public string UploadImage(byte[] data)
         {
@@ -113,7 +113,7 @@ namespace Safelight
             }
         }
 
-        /// <summary>Its generations go on.</summary>
+        /// <summary>Frees the client. Its generations continue.</summary>
         public void Dispose() => handle.Dispose();
 
         internal static string Take(TextHandle text, ErrorHandle error)

@@ -2,34 +2,34 @@ using System;
 
 namespace Safelight
 {
-    /// <summary>How a client asks. What is null has the default.</summary>
+    /// <summary>Options of a client. A null property means the default.</summary>
     public sealed class ClientOptions
     {
         /// <summary>Sent as a bearer token. Visible ASCII characters.</summary>
         public string ApiKey { get; set; }
 
-        /// <summary>Whether to ask by TLS.</summary>
+        /// <summary>Whether to use TLS.</summary>
         public bool Tls { get; set; }
 
-        /// <summary>The authorities to trust, as PEM; null: those of the system. Only with TLS.</summary>
+        /// <summary>The certificate authorities to trust, as PEM; null: those of the system. Only with TLS.</summary>
         public string CaPem { get; set; }
 
-        /// <summary>The name in the certificate, where it differs from the target's. Only with TLS.</summary>
+        /// <summary>The name in the server's certificate, if it is not the target's host. Only with TLS.</summary>
         public string ServerName { get; set; }
 
-        /// <summary>The client's own certificate, for a server that asks for it. Only with TLS and a key.</summary>
+        /// <summary>The client's own certificate, as PEM, for a server that demands one. Only with TLS and a key.</summary>
         public string CertificatePem { get; set; }
 
-        /// <summary>The key of the client's own certificate.</summary>
+        /// <summary>The private key of the client's own certificate, as PEM.</summary>
         public string KeyPem { get; set; }
 
-        /// <summary>How long a generation whose connection is lost is asked for again, since its last event: 60 s.</summary>
+        /// <summary>How long the client tries to resume a lost generation after its last event: 60 s.</summary>
         public TimeSpan? Patience { get; set; }
 
-        /// <summary>How often a request is sent again that was refused with the time after which to retry: 3.</summary>
+        /// <summary>How often a request is sent again if its refusal says after which time to retry: 3.</summary>
         public int? Retries { get; set; }
 
-        /// <summary>The longest message that is taken; a longer one is the error ResourceExhausted: 4 MiB.</summary>
+        /// <summary>The largest message that is received, in bytes: 4 MiB. A larger one is the error ResourceExhausted.</summary>
         public int? MaxMessageBytes { get; set; }
 
         internal OptionsHandle ToNative()

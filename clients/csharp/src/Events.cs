@@ -3,7 +3,7 @@ using System.Xml.Linq;
 
 namespace Safelight
 {
-    /// <summary>What happens to a generation: Accepted, Progress, Preview, Picture or Finished.</summary>
+    /// <summary>Something that happened to a generation: Accepted, Progress, Preview, Picture or Finished.</summary>
     public abstract class Event
     {
         internal Event() { }
@@ -19,7 +19,7 @@ namespace Safelight
                     return happened.While(_ => new Picture(
                         Native.safelight_event_image(happened), Native.safelight_event_output_index(happened)));
                 case EventKind.Finished: return new Finished(JsonOf(happened));
-                default: return null;  // of a later minor version of the library
+                default: return null;  // an event that a later minor version of the library has added
             }
         }
 
@@ -39,15 +39,15 @@ namespace Safelight
             Json = json;
         }
 
-        /// <summary>Its name, "generations/ID".</summary>
+        /// <summary>The generation's name, "generations/ID".</summary>
         public string Generation { get; }
 
-        /// <summary>Of the pictures.</summary>
+        /// <summary>Width of the pictures in pixels.</summary>
         public int WidthPx { get; }
 
         public int HeightPx { get; }
 
-        /// <summary>The whole message, Accepted of the contract.</summary>
+        /// <summary>The whole Accepted message as JSON.</summary>
         public string Json { get; }
     }
 
@@ -83,13 +83,13 @@ namespace Safelight
 
         public int OutputIndex { get; }
 
-        /// <summary>Such as "image/png", or "application/x-raw-rgba8".</summary>
+        /// <summary>Encoding of the data, such as "image/png" or "application/x-raw-rgba8".</summary>
         public string MediaType { get; }
 
         public int WidthPx { get; }
         public int HeightPx { get; }
 
-        /// <summary>From one row to the next for raw pixels, else 0.</summary>
+        /// <summary>Bytes from one row to the next for raw pixels, else 0.</summary>
         public int StrideBytes { get; }
 
         /// <summary>Whether the first of the raw rows is the lowest one.</summary>
@@ -99,7 +99,7 @@ namespace Safelight
         public byte[] Data { get; }
     }
 
-    /// <summary>What a picture looks like after a step.</summary>
+    /// <summary>How an output looks after a step.</summary>
     public sealed class Preview : Image
     {
         internal Preview(EventHandle happened)
@@ -111,7 +111,7 @@ namespace Safelight
 
         public int Step { get; }
 
-        /// <summary>How many were passed over since the one before.</summary>
+        /// <summary>Number of previews that were skipped since the previous one.</summary>
         public int NumDropped { get; }
     }
 
@@ -126,7 +126,7 @@ namespace Safelight
         public ulong Seed { get; }
     }
 
-    /// <summary>All pictures are here; the last event.</summary>
+    /// <summary>The last event: all pictures have been received.</summary>
     public sealed class Finished : Event
     {
         internal Finished(string json)
@@ -136,10 +136,10 @@ namespace Safelight
             Json = json;
         }
 
-        /// <summary>Steps that were computed, of all outputs.</summary>
+        /// <summary>Denoising steps that were computed, over all outputs.</summary>
         public long NumSteps { get; }
 
-        /// <summary>The whole message, Finished of the contract.</summary>
+        /// <summary>The whole Finished message as JSON.</summary>
         public string Json { get; }
     }
 }

@@ -16,23 +16,23 @@ namespace Safelight
         public double End { get; }
     }
 
-    /// <summary>How far the quality of a request may go down under load. Each property allows one thing.</summary>
+    /// <summary>How far the server may lower the quality under load. Each property allows one kind of loss.</summary>
     public sealed class QualityFloor
     {
-        /// <summary>The fewest denoising steps; null: no fewer.</summary>
+        /// <summary>Denoising steps to use under load; null: the number of steps is not lowered.</summary>
         public int? MinNumSteps { get; set; }
 
-        /// <summary>Whether previews may come from a cheaper method than the one asked for.</summary>
+        /// <summary>Whether previews may be made by a cheaper method than the requested one.</summary>
         public bool CheaperPreviews { get; set; }
 
-        /// <summary>The least similarity of a finished picture that may be served in place of a new one, above 0 and at most 1;
-        /// null: none is.</summary>
+        /// <summary>Minimum similarity, above 0 and at most 1, of a finished picture that may be served instead of a new
+        /// one; null: no such picture is served.</summary>
         public double? MinSimilarity { get; set; }
     }
 
     /// <summary>
-    /// What to generate. What is null is as the model and the server have it. Previews and picture are raw RGBA8, to be
-    /// copied into a texture, unless <see cref="PictureMediaType"/> or JSON says otherwise.
+    /// What to generate. A null property means the default of the model or server. Previews and picture are raw RGBA8, so
+    /// that they can be copied into a texture, unless <see cref="PictureMediaType"/> or JSON says otherwise.
     /// </summary>
     public sealed class GenerateRequest
     {
@@ -50,49 +50,49 @@ namespace Safelight
             this.json = json;
         }
 
-        /// <summary>GenerateRequest of the contract, as JSON; nothing is added to it but what is set here.</summary>
+        /// <summary>A GenerateRequest message as JSON. Only properties that are set are added to it.</summary>
         public static GenerateRequest FromJson(string json) =>
             new GenerateRequest(null, json ?? throw new ArgumentNullException(nameof(json)));
 
-        /// <summary>"models/NAME".</summary>
+        /// <summary>The model, "models/NAME".</summary>
         public string Model { get; set; }
 
         public string NegativePrompt { get; set; }
 
-        /// <summary>To be set together with <see cref="HeightPx"/>.</summary>
+        /// <summary>Width of the pictures. Set it together with <see cref="HeightPx"/>.</summary>
         public int? WidthPx { get; set; }
 
         public int? HeightPx { get; set; }
         public int? NumInferenceSteps { get; set; }
         public double? GuidanceScale { get; set; }
 
-        /// <summary>How much of the contrast that guidance adds is taken back, 0 to 1.</summary>
+        /// <summary>How much of the contrast that guidance adds is taken back, from 0 to 1.</summary>
         public double? GuidanceRescale { get; set; }
 
-        /// <summary>Where guidance begins and ends, as shares of the steps. Other steps cost half.</summary>
+        /// <summary>Where guidance begins and ends, as shares of the steps. Steps outside cost half.</summary>
         public GuidanceInterval? GuidanceInterval { get; set; }
 
-        /// <summary>What may be given up under load; null: nothing.</summary>
+        /// <summary>How far the server may lower the quality under load; null: not at all.</summary>
         public QualityFloor QualityFloor { get; set; }
 
-        /// <summary>A picture to start from: the name that <see cref="Client.UploadImage"/> gave, or
+        /// <summary>A picture to start from: the name that <see cref="Client.UploadImage"/> returned, or
         /// "generations/ID/outputs/INDEX", the picture of another generation.</summary>
         public string InitImage { get; set; }
 
-        /// <summary>How much of <see cref="InitImage"/> is given up, above 0 and at most 1.</summary>
+        /// <summary>How far the picture may depart from <see cref="InitImage"/>, above 0 and at most 1.</summary>
         public double? Strength { get; set; }
 
-        /// <summary>Which part of <see cref="InitImage"/> is developed anew: white, or transparent if it has an alpha channel.
-        /// Named as that.</summary>
+        /// <summary>The mask, named as <see cref="InitImage"/>: white (or, with an alpha channel, transparent) parts are
+        /// developed anew.</summary>
         public string Mask { get; set; }
 
-        /// <summary>One picture for each; none: one picture, with a seed of the server's.</summary>
+        /// <summary>A picture for each seed. Empty: one picture, with a seed that the server chooses.</summary>
         public IList<ulong> Seeds { get; } = new List<ulong>();
 
-        /// <summary>The longest edge of previews; larger ones are scaled down.</summary>
+        /// <summary>The longest edge of previews in pixels; larger previews are scaled down.</summary>
         public int? PreviewMaxEdgePx { get; set; }
 
-        /// <summary>A preview after every n-th step.</summary>
+        /// <summary>Sends a preview after every n-th step.</summary>
         public int? PreviewEveryNSteps { get; set; }
 
         /// <summary>The encoding of the picture, such as "image/png".</summary>

@@ -7,14 +7,14 @@ using System.Threading.Tasks;
 
 namespace Safelight
 {
-    /// <summary>Where a generation is, as the library knows it.</summary>
+    /// <summary>The state of a generation.</summary>
     public enum State
     {
         /// <summary>The server has not answered yet.</summary>
         Asked = 0,
-        /// <summary>It was admitted: it waits, or it is computed.</summary>
+        /// <summary>It was admitted: it is queued or being computed.</summary>
         Accepted = 1,
-        /// <summary>All pictures are here.</summary>
+        /// <summary>All pictures have been received.</summary>
         Succeeded = 2,
         /// <summary><see cref="Generation.Error"/> says why.</summary>
         Failed = 3,
@@ -22,21 +22,21 @@ namespace Safelight
         Closed = 4
     }
 
-    /// <summary>What a poll did.</summary>
+    /// <summary>The result of a poll.</summary>
     public enum PollResult
     {
-        /// <summary>The newest image was copied before, or there is none.</summary>
+        /// <summary>The newest image was copied before, or there is no image yet.</summary>
         NothingNew = 0,
         Copied = 1,
-        /// <summary>The buffer or the pitch does not hold the image, which is not passed over.</summary>
+        /// <summary>The buffer or the pitch is too small for the image, which can still be copied.</summary>
         TooSmall = -1,
         /// <summary>The image is not raw RGBA8.</summary>
         NotRaw = -2
     }
 
     /// <summary>
-    /// A generation while it runs: its events in their order, or its newest image at any time. A thread of the library
-    /// receives it. May be used by several threads.
+    /// A generation: its events in order, or its newest image at any time. A thread of the library receives it. Several
+    /// threads may use it.
     /// </summary>
     public sealed class Generation : IEnumerable<Event>, IDisposable
     {
@@ -57,8 +57,8 @@ namespace Safelight
         });
 
         /// <summary>
-        /// All events until the end, each once, whoever reads them. Waits for each. Of progress and previews that were not
-        /// taken in time, only the newest of each output is left. Leaving the loop before the end closes the generation.
+        /// All events until the end. Each is given once, to one reader. Blocks for each. If progress and previews are not
+        /// taken in time, only the newest of each output is kept. Leaving the loop before the end closes the generation.
         /// </summary>
         /// <exception cref="SafelightException">The generation failed.</exception>
         public IEnumerator<Event> GetEnumerator()
@@ -78,8 +78,8 @@ namespace Safelight
 
         IEnumerator IEnumerable.GetEnumerator() => GetEnumerator();
 
-        /// <summary>The next event if one comes in time; null where none did, and after the end.</summary>
-        /// <param name="timeout">Zero: does not wait; null: waits as long as it takes.</param>
+        /// <summary>The next event; null if none comes in time, and after the end.</summary>
+        /// <param name="timeout">Zero: does not wait; null: waits without a limit.</param>
         public Event Next(TimeSpan? timeout = null)
         {
             while (true)
@@ -92,11 +92,11 @@ namespace Safelight
             }
         }
 
-        /// <summary>Waits until it has ended; the state then.</summary>
-        /// <param name="timeout">null: as long as it takes.</param>
+        /// <summary>Blocks until the generation has ended, and returns its state.</summary>
+        /// <param name="timeout">null: waits without a limit.</param>
         public State Wait(TimeSpan? timeout = null) => Native.safelight_generation_wait(handle, timeout?.TotalSeconds ?? -1);
 
-        /// <summary>The picture of an output, when all are finished.</summary>
+        /// <summary>Waits for all pictures and returns that of an output.</summary>
         /// <param name="cancellation">Closes the generation; the task is cancelled.</param>
         /// <exception cref="SafelightException">The generation failed.</exception>
         public async Task<Picture> PictureAsync(
@@ -104,7 +104,7 @@ namespace Safelight
         {
             using (cancellation.Register(Close))
             {
-                // A thread of its own: the pool's are few, and a picture takes seconds.
+                // A thread of its own, since a picture takes seconds and the pool has few threads.
                 State state = await Task.Factory.StartNew(
                     () => Wait(), CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default)
                     .ConfigureAwait(false);
@@ -125,22 +125,22 @@ namespace Safelight
             return image == IntPtr.Zero ? null : new Picture(image, outputIndex);
         });
 
-        /// <summary>The size of its pictures; false before it was accepted.</summary>
+        /// <summary>The size of its pictures. Returns false before it was accepted.</summary>
         public bool TryGetSize(out int widthPx, out int heightPx) =>
             Native.safelight_generation_size(handle, out widthPx, out heightPx) != 0;
 
-        /// <summary>Steps that an output has made, and in all.</summary>
+        /// <summary>Returns how many steps an output has made.</summary>
         public int Step(int outputIndex, out int numSteps) =>
             Native.safelight_generation_step(handle, outputIndex, out numSteps);
 
         /// <summary>
-        /// Copies the newest image of an output into the caller's buffer: a preview, in the end the picture. For game
-        /// loops: never waits, and allocates nothing.
+        /// Copies the newest image of an output into the caller's buffer: a preview, or at the end the picture. It never
+        /// waits and allocates nothing, so it can be called in a game loop.
         /// </summary>
         /// <param name="pixels">RGBA8, sRGB, straight alpha.</param>
         /// <param name="rowPitch">Bytes from one row to the next; 0: four times the width.</param>
-        /// <param name="flip">The lowest row first, as Unity's textures have it.</param>
-        /// <param name="step">That of the preview; 0 for the picture.</param>
+        /// <param name="flip">Whether the lowest row comes first, as in Unity's textures.</param>
+        /// <param name="step">The step of the preview; 0 for the picture.</param>
         public PollResult PollRgba8(
             int outputIndex, byte[] pixels, int rowPitch, bool flip, out int widthPx, out int heightPx, out int step)
         {
@@ -157,7 +157,7 @@ namespace Safelight
             }
         }
 
-        /// <summary>The same into memory that the runtime does not own, such as a NativeArray of Unity's.</summary>
+        /// <summary>Copies into memory that the runtime does not own, such as a NativeArray of Unity.</summary>
         public PollResult PollRgba8(
             int outputIndex, IntPtr pixels, int numBytes, int rowPitch, bool flip,
             out int widthPx, out int heightPx, out int step)
@@ -167,7 +167,7 @@ namespace Safelight
                 flip ? 1 : 0, out widthPx, out heightPx, out step);
         }
 
-        /// <summary>The same, scaled to the size that the caller wants: previews may be smaller than the picture.</summary>
+        /// <summary>As PollRgba8, scaled to the given size, since previews may be smaller than the picture.</summary>
         public PollResult PollScaledRgba8(
             int outputIndex, byte[] pixels, int rowPitch, bool flip, int widthPx, int heightPx, out int step)
         {
@@ -184,7 +184,7 @@ namespace Safelight
             }
         }
 
-        /// <summary>The same into memory that the runtime does not own.</summary>
+        /// <summary>As PollScaledRgba8, into memory that the runtime does not own.</summary>
         public PollResult PollScaledRgba8(
             int outputIndex, IntPtr pixels, int numBytes, int rowPitch, bool flip, int widthPx, int heightPx, out int step)
         {
@@ -193,22 +193,22 @@ namespace Safelight
                 flip ? 1 : 0, widthPx, heightPx, out step);
         }
 
-        /// <summary>Asks the server to stop it, and waits for the answer: the step that each output had reached.</summary>
-        /// <exception cref="SafelightException">Also where it was not accepted yet: then <see cref="Close"/> is enough.</exception>
+        /// <summary>Asks the server to stop it, and returns its final state with the step that each output reached.</summary>
+        /// <exception cref="SafelightException">Also if it was not accepted yet; <see cref="Close"/> is then enough.</exception>
         public GenerationInfo Cancel() =>
             new GenerationInfo(Client.Take(Native.safelight_generation_cancel(handle, out ErrorHandle error), error));
 
         /// <summary>
-        /// Looks away: the server suspends the generation, and cancels it after its grace. Does not wait. Whoever reads
-        /// events or waits is woken.
+        /// Stops watching: the server suspends the generation, and cancels it after its grace period. Does not wait. Threads
+        /// that read events or wait are woken.
         /// </summary>
         public void Close() => Native.safelight_generation_close(handle);
 
-        /// <summary>Closes it, and frees all that belongs to it.</summary>
+        /// <summary>Closes the generation, and frees everything that belongs to it.</summary>
         public void Dispose()
         {
             if (handle.IsClosed) return;
-            Close();  // so that a thread in Next() or Wait() returns, which holds the handle
+            Close();  // so that a thread in Next() or Wait(), which holds the handle, returns
             handle.Dispose();
         }
 

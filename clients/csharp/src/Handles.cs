@@ -4,8 +4,8 @@ using System.Runtime.InteropServices;
 namespace Safelight
 {
     /// <summary>
-    /// What the library gave and is to be given back, exactly once. The runtime holds it while a call uses it, so a
-    /// handle that another thread disposes of is freed when the last call has returned.
+    /// A handle of the library, which is freed exactly once. The runtime keeps it while a call uses it, so a handle that
+    /// another thread disposes of is freed after the last call has returned.
     /// </summary>
     internal abstract class NativeHandle : SafeHandle
     {
@@ -13,7 +13,7 @@ namespace Safelight
 
         public override bool IsInvalid => handle == IntPtr.Zero;
 
-        /// <summary>Reads what belongs to this handle, which stays alive meanwhile.</summary>
+        /// <summary>Reads something that belongs to this handle, and keeps the handle alive meanwhile.</summary>
         internal T While<T>(Func<IntPtr, T> read)
         {
             bool isHeld = false;

@@ -5,7 +5,7 @@ using System.Xml.Linq;
 
 namespace Safelight
 {
-    /// <summary>Reads the messages that the library gives as JSON. Without reflection, so that IL2CPP compiles it.</summary>
+    /// <summary>Reads the library's JSON messages, without reflection, so that Unity's IL2CPP compiles it.</summary>
     internal static class Json
     {
         internal static XElement Parse(string json)
@@ -19,7 +19,7 @@ namespace Safelight
 
         internal static string Text(XElement message, string field) => (string)message.Element(field) ?? "";
 
-        /// <summary>A number; protobuf writes one of 64 bits as text. 0 where the field is missing.</summary>
+        /// <summary>A number, which protobuf writes as text if it has 64 bits. 0 if the field is missing.</summary>
         internal static long Number(XElement message, string field) => (long?)message.Element(field) ?? 0;
     }
 }

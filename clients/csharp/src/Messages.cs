@@ -4,7 +4,7 @@ using System.Xml.Linq;
 
 namespace Safelight
 {
-    /// <summary>A model that the server has.</summary>
+    /// <summary>A model that the server offers.</summary>
     public sealed class Model
     {
         internal Model(XElement message)
@@ -16,7 +16,7 @@ namespace Safelight
             IsDefault = Json.Text(message, "isDefault") == "true";
         }
 
-        /// <summary>"models/NAME".</summary>
+        /// <summary>The model's name, "models/NAME".</summary>
         public string Name { get; }
 
         public string Revision { get; }
@@ -25,7 +25,7 @@ namespace Safelight
         public bool IsDefault { get; }
     }
 
-    /// <summary>How far an output has come.</summary>
+    /// <summary>The present state of an output.</summary>
     public sealed class OutputState
     {
         internal OutputState(XElement message)
@@ -40,7 +40,7 @@ namespace Safelight
         public int NumSteps { get; }
     }
 
-    /// <summary>What the server knows of a generation.</summary>
+    /// <summary>The present state of a generation.</summary>
     public sealed class GenerationInfo
     {
         internal GenerationInfo(string json)
@@ -52,15 +52,15 @@ namespace Safelight
             Outputs = message.Elements("outputs").Elements("item").Select(output => new OutputState(output)).ToList();
         }
 
-        /// <summary>"generations/ID".</summary>
+        /// <summary>The generation's name, "generations/ID".</summary>
         public string Name { get; }
 
-        /// <summary>As the contract has it, such as "STATE_CANCELLED".</summary>
+        /// <summary>The state's name in the API, such as "STATE_CANCELLED".</summary>
         public string State { get; }
 
         public IReadOnlyList<OutputState> Outputs { get; }
 
-        /// <summary>The whole message, Generation of the contract.</summary>
+        /// <summary>The whole Generation message as JSON.</summary>
         public string Json { get; }
     }
 }

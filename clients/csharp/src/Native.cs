@@ -7,12 +7,12 @@ namespace Safelight
     /// <summary>The functions of safelight.h, by their C names. A test compares them with the header.</summary>
     internal static class Native
     {
-        /// <summary>libsafelight.so, libsafelight.dylib or safelight.dll, where the system looks for libraries.</summary>
+        /// <summary>The system finds it as libsafelight.so, libsafelight.dylib or safelight.dll.</summary>
         private const string Library = "safelight";
 
         private const CallingConvention C = CallingConvention.Cdecl;
 
-        /// <summary>The version of the header that these declarations are of.</summary>
+        /// <summary>The version of safelight.h from which these declarations come.</summary>
         internal const uint AbiVersion = 0x00010002;
 
         [DllImport(Library, CallingConvention = C)] internal static extern uint safelight_abi_version();
@@ -96,7 +96,7 @@ namespace Safelight
         [DllImport(Library, CallingConvention = C)] internal static extern IntPtr safelight_event_json(EventHandle @event);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_event_free(IntPtr @event);
 
-        /// <summary>A text for the library: UTF-8 with a zero byte, on every platform; null stays null.</summary>
+        /// <summary>Converts a text for the library: UTF-8 with a zero byte, on every platform; null stays null.</summary>
         internal static byte[] Utf8(string text)
         {
             if (text == null) return null;
@@ -104,7 +104,7 @@ namespace Safelight
             return Encoding.UTF8.GetBytes(text + '\0');
         }
 
-        /// <summary>A text of the library's, copied.</summary>
+        /// <summary>Copies a text of the library.</summary>
         internal static string Text(IntPtr utf8)
         {
             if (utf8 == IntPtr.Zero) return "";

@@ -3,7 +3,7 @@ using System.Collections.Generic;
 
 namespace Safelight
 {
-    /// <summary>The codes of gRPC.</summary>
+    /// <summary>gRPC's status codes.</summary>
     public enum StatusCode
     {
         Cancelled = 1,
@@ -24,7 +24,7 @@ namespace Safelight
         Unauthenticated = 16
     }
 
-    /// <summary>What to change of an invalid request.</summary>
+    /// <summary>What to change in an invalid request.</summary>
     public sealed class Violation
     {
         internal Violation(string field, string description)
@@ -36,11 +36,11 @@ namespace Safelight
         /// <summary>The path of the field, such as "spec.num_inference_steps".</summary>
         public string Field { get; }
 
-        /// <summary>For people.</summary>
+        /// <summary>A description for people.</summary>
         public string Description { get; }
     }
 
-    /// <summary>A request or a generation that failed: at the server, on the way, or in the library.</summary>
+    /// <summary>A request or a generation failed: at the server, in the network, or in the library.</summary>
     public sealed class SafelightException : Exception
     {
         private SafelightException(string message) : base(message) { }
@@ -55,10 +55,10 @@ namespace Safelight
 
         public IReadOnlyList<Violation> Violations { get; private set; }
 
-        /// <summary>When to ask again; null where the server named no time.</summary>
+        /// <summary>When to retry; null if the server named no time.</summary>
         public TimeSpan? RetryAfter { get; private set; }
 
-        /// <summary>Frees an error of the library's and gives it as an exception.</summary>
+        /// <summary>Converts an error of the library to an exception, and frees it.</summary>
         internal static SafelightException Take(ErrorHandle error)
         {
             using (error) return error.While(Read);

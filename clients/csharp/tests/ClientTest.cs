@@ -1,5 +1,5 @@
-// The tests of the C# client, run by tests/clients/test_csharp.py against a real server: ClientTest.exe HOST:PORT PIXELS.
-// Writes the rows of a picture, top down, to PIXELS; prints "ok" when all went well.
+// The tests of the C# client; tests/clients/test_csharp.py runs them against a real server: ClientTest.exe HOST:PORT PIXELS.
+// Writes the rows of a picture, top down, to PIXELS, and prints "ok" if all checks have passed.
 using System;
 using System.IO;
 using System.Linq;
@@ -224,7 +224,7 @@ internal static class ClientTest
         int before = Threads();
         for (int i = 0; i < 20; ++i) new Client(target).Generate(Request(900, 7)).Next();
         var deadline = DateTime.UtcNow.AddSeconds(30);
-        while (Threads() > before + 10)  // each generation has a thread of the library's
+        while (Threads() > before + 10)  // the library has a thread for each generation
         {
             Check(DateTime.UtcNow < deadline, "finalizers end generations");
             GC.Collect();

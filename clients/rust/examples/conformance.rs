@@ -1,6 +1,6 @@
-//! The runner of the Rust client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
+//! The runner of the Rust client: reads cases, runs them, and prints the outcomes, a JSON object a line each.
 //!
-//! See clients/CONFORMANCE.md. Its argument is a descriptor set of the contract, which says what protobuf's JSON means.
+//! See clients/CONFORMANCE.md. Its argument is a descriptor set of the API, which it needs to read protobuf's JSON.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -22,7 +22,7 @@ async fn main() -> Run<()> {
         .nth(1)
         .ok_or("usage: conformance DESCRIPTOR_SET")?;
     let pool = DescriptorPool::decode(fs::read(descriptors)?.as_slice())?;
-    // Read in a thread, so that connections of the case before can end meanwhile.
+    // Read in a thread, so that connections of the previous case can end meanwhile.
     while let Some(line) = spawn_blocking(|| io::stdin().lines().next()).await? {
         let case: Value = serde_json::from_str(&line?)?;
         println!("{}", run(&pool, &case).await?);
@@ -80,7 +80,7 @@ fn request_of(pool: &DescriptorPool, request: &Value) -> Run<v1::GenerateRequest
     Ok(DynamicMessage::deserialize(descriptor, request)?.transcode_to()?)
 }
 
-/// Sends the pictures of a case and names them in a request.
+/// Uploads the pictures of a case and puts their names into a request.
 async fn start_from_pictures(
     client: &Client,
     case: &Value,
@@ -98,7 +98,7 @@ async fn start_from_pictures(
     Ok(())
 }
 
-/// Says in a request what a case has beside its message.
+/// Adds to a request what a case has beside its message.
 fn add_arguments(case: &Value, request: &mut v1::GenerateRequest) -> Run<()> {
     let interval = &case["guidance_interval"];
     if let Some(spec) = request.spec.as_mut().filter(|_| !interval[0].is_null()) {
@@ -191,7 +191,7 @@ async fn generate(client: &Client, case: &Value, mut request: v1::GenerateReques
     Ok(seen)
 }
 
-/// What a second screen sees, and what the server says of the generation and of its models.
+/// Watches a generation again: the events, and what the server reports about the generation and its models.
 async fn watch_again(client: &Client, name: &str) -> Run<Value> {
     let mut none = v1::PreviewPolicy::default();
     none.set_method(v1::PreviewMethod::None);
@@ -227,7 +227,7 @@ fn fail(seen: &mut Value, error: &safelight::Error) {
     seen["retry_after_s"] = json!(error.retry_after().map(|after| after.as_secs_f64()));
 }
 
-/// The name of the specification, "RESOURCE_EXHAUSTED", where Rust says ResourceExhausted.
+/// The name of a code in gRPC's specification, such as "RESOURCE_EXHAUSTED"; Rust says ResourceExhausted.
 fn code_name(code: safelight::Code) -> String {
     let mut name = String::new();
     for letter in format!("{code:?}").chars() {

@@ -21,9 +21,9 @@ use crate::v1::image_service_client::ImageServiceClient;
 use crate::v1::model_service_client::ModelServiceClient;
 use crate::{Error, v1};
 
-const WINDOW_BYTES: u32 = 64 << 10; // previews wait at the server, where the newest wins, not here
-const CONNECTION_WINDOW_BYTES: u32 = 1 << 30; // streams that nobody reads never hold up the others
-const MAX_MESSAGE_BYTES: usize = 4 << 20; // above every message of a server, and what gRPC takes by default
+const WINDOW_BYTES: u32 = 64 << 10; // previews wait at the server, where newer ones replace older ones
+const CONNECTION_WINDOW_BYTES: u32 = 1 << 30; // so large that streams that nobody reads never block the others
+const MAX_MESSAGE_BYTES: usize = 4 << 20; // larger than every message of a server; the default of gRPC
 
 /// A connection to a server, or to several replicas of one. Clones share it. Its connections live in the Tokio runtime of
 /// the first call.
@@ -36,7 +36,7 @@ struct Inner {
     patience: Duration,
     retries: u32,
     max_message_bytes: usize,
-    /// Index of the server that new calls ask.
+    /// Index of the server that new calls use.
     at: AtomicUsize,
 }
 
@@ -47,9 +47,9 @@ struct Replica {
 
 #[derive(Default)]
 struct Connection {
-    /// Of connections that were given up.
+    /// How often the connection was replaced.
     number: usize,
-    /// `None`: no call has been made by it.
+    /// `None` before the first call.
     channel: Option<Channel>,
 }
 
@@ -61,7 +61,7 @@ impl Replica {
     }
 }
 
-/// What the stubs of [`v1`] are made with: `CacheServiceClient::new(client.server())`.
+/// The connection for stubs of [`v1`]: `CacheServiceClient::new(client.server())`.
 pub type Server = InterceptedService<Channel, Authorization>;
 
 /// Adds the API key to calls.
@@ -97,23 +97,23 @@ impl Builder {
         self
     }
 
-    /// Asks by TLS; without it the connection is plain text. Trusts what the configuration says: for the authorities
-    /// of this machine, `ClientTlsConfig::new().with_enabled_roots()`.
+    /// Uses TLS; without it the connection is plain text. The configuration decides which authorities are trusted:
+    /// `ClientTlsConfig::new().with_enabled_roots()` trusts those of this machine.
     #[cfg(feature = "tls")]
     pub fn tls(mut self, tls: ClientTlsConfig) -> Self {
         self.tls = Some(tls);
         self
     }
 
-    /// How long a generation whose connection is lost is asked for again, since its last event; 60 seconds by default.
-    /// While nothing was received it is at most 5 seconds.
+    /// How long the client tries to resume a generation after a lost connection, counted from its last event; 60 seconds
+    /// by default. Before the first event it is at most 5 seconds.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// How often a request is sent again that the server has refused with the time after which to retry; 3 times by
-    /// default. The client waits as long as the server says, within its patience and the deadline.
+    /// How often a refused request is sent again if the refusal says after which time; 3 times by default. The client
+    /// waits for that time, within its patience and the deadline.
     pub fn retries(mut self, retries: u32) -> Self {
         self.retries = retries;
         self
@@ -129,7 +129,7 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// `InvalidArgument` where the target names no server, or where the key or the TLS configuration cannot be used.
+    /// `InvalidArgument` if the target names no server, or if the key or the TLS configuration cannot be used.
     pub fn build(self) -> Result<Client, Error> {
         let key = match self.api_key.as_str() {
             "" => None,
@@ -162,8 +162,8 @@ impl Builder {
             .ok_or_else(|| invalid(format!("target \"{target}\" is not HOST:PORT")))?
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .connect_timeout(2 * CONNECT_TIMEOUT) // the connector's own bound is reached before
-            // While a stream is open, a server that is frozen is seen within 15 seconds.
+            .connect_timeout(2 * CONNECT_TIMEOUT) // never reached: the connector's own limit is shorter
+            // While a stream is open, a server that is frozen is noticed within 15 seconds.
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(5));
         #[cfg(feature = "tls")]
@@ -193,17 +193,17 @@ fn invalid(message: impl Into<String>) -> Error {
 }
 
 impl Client {
-    /// A client of "host:port", in plain text and without a key. See [`Client::builder`].
+    /// Makes a client of "host:port", in plain text and without an API key. See [`Client::builder`].
     ///
     /// # Errors
     ///
-    /// `InvalidArgument` where the target names no server.
+    /// `InvalidArgument` if the target names no server.
     pub fn new(target: impl Into<String>) -> Result<Self, Error> {
         Self::builder(target).build()
     }
 
-    /// A client of "host:port" with other arguments. Several replicas are separated by commas: when one is lost, the
-    /// next one is asked, and goes on with each generation that was accepted as replicated. No proxy is used.
+    /// Builds a client of "host:port" with further arguments. Several replicas are separated by commas: if one fails, the
+    /// client calls the next one, which continues each generation that was accepted as replicated. No proxy is used.
     pub fn builder(target: impl Into<String>) -> Builder {
         Builder {
             target: target.into(),
@@ -216,7 +216,7 @@ impl Client {
         }
     }
 
-    /// Starts a generation and watches it. Nothing is sent before the stream is polled.
+    /// Starts a generation and returns the stream of its events. Nothing is sent before the stream is polled.
     ///
     /// A request without a `request_id` gets one, so that it can be sent again without running twice.
     pub fn generate(&self, request: impl Into<v1::GenerateRequest>) -> GenerationStream {
@@ -228,7 +228,7 @@ impl Client {
         GenerationStream::new(self.clone(), Some(request), received)
     }
 
-    /// Watches a generation that exists, "generations/ID", from its first event on.
+    /// Watches an existing generation, "generations/ID", from its first event on.
     pub fn watch(
         &self,
         generation: impl Into<String>,
@@ -238,11 +238,11 @@ impl Client {
         GenerationStream::new(self.clone(), None, received)
     }
 
-    /// What is known of a generation.
+    /// Returns the present state of a generation.
     ///
     /// # Errors
     ///
-    /// Where the server refuses the call or no server can be reached.
+    /// If the server refuses the call, or no server can be reached.
     pub async fn get(&self, generation: impl Into<String>) -> Result<v1::Generation, Error> {
         let name = generation.into();
         let call = async |server| {
@@ -254,11 +254,11 @@ impl Client {
         Ok(self.ask(call).await?.generation.unwrap_or_default())
     }
 
-    /// Stops a generation and returns it as it ended, with the step that each output had reached.
+    /// Stops a generation and returns its final state, with the step that each output had reached.
     ///
     /// # Errors
     ///
-    /// Where the server refuses the call or no server can be reached.
+    /// If the server refuses the call, or no server can be reached.
     pub async fn cancel(&self, generation: impl Into<String>) -> Result<v1::Generation, Error> {
         let name = generation.into();
         let call = async |server| {
@@ -270,12 +270,12 @@ impl Client {
         Ok(self.ask(call).await?.generation.unwrap_or_default())
     }
 
-    /// Sends a picture: PNG, JPEG or WebP. Its name can then be the `init_image` or the `mask` of a spec, for as long as
+    /// Uploads a picture: PNG, JPEG or WebP. Its name can then be the `init_image` or the `mask` of a spec, for as long as
     /// the server keeps it.
     ///
     /// # Errors
     ///
-    /// Where the server refuses the picture or no server can be reached.
+    /// If the server refuses the picture, or no server can be reached.
     pub async fn upload_image(&self, data: impl Into<Bytes>) -> Result<v1::Image, Error> {
         let data = data.into();
         let call = async |server| {
@@ -285,11 +285,11 @@ impl Client {
         Ok(self.ask(call).await?.image.unwrap_or_default())
     }
 
-    /// All models of the server.
+    /// Returns all models of the server.
     ///
     /// # Errors
     ///
-    /// Where the server refuses the call or no server can be reached.
+    /// If the server refuses the call, or no server can be reached.
     pub async fn models(&self) -> Result<Vec<v1::Model>, Error> {
         let mut models = Vec::new();
         let mut page_token = String::new();
@@ -311,12 +311,12 @@ impl Client {
         }
     }
 
-    /// The current server, for stubs of other services; another connection after it has drained.
+    /// The connection to the current server, for stubs of other services. It is replaced after the server has drained.
     pub fn server(&self) -> Server {
         self.server_at(self.at()).0
     }
 
-    /// A server, and the number of the connection to it.
+    /// The connection to a server, and how often it was replaced.
     pub(crate) fn server_at(&self, at: usize) -> (Server, usize) {
         let replica = &self.0.replicas[at];
         let mut connection = replica.connection();
@@ -330,9 +330,8 @@ impl Client {
         (server, connection.number)
     }
 
-    /// Makes new calls at a server use a new connection, which a load balancer may give to another server; calls that are
-    /// under way stay on the old one, which ends with the last of them. Generations that are refused together give up the
-    /// same connection: the first of them replaces it.
+    /// Makes new calls use a new connection, which a load balancer may lead to another server. Open calls stay on the old
+    /// connection, which ends with the last of them. Generations that are refused at the same time replace it only once.
     pub(crate) fn give_up(&self, at: usize, number: usize) {
         let mut connection = self.0.replicas[at].connection();
         if connection.number == number {
@@ -345,8 +344,8 @@ impl Client {
         self.0.at.load(Ordering::Relaxed)
     }
 
-    /// The server to ask after one that failed. Generations that lose a server together step to the same next one; new
-    /// calls follow the first of them only.
+    /// The server to use after one that failed. Generations that lose a server at the same time move to the same next
+    /// one, and only the first of them changes the server of new calls.
     pub(crate) fn next(&self, failed: usize) -> usize {
         let after = (failed + 1) % self.num_servers();
         let swap = |from, to| {
@@ -374,7 +373,7 @@ impl Client {
         self.0.retries
     }
 
-    /// Makes a call at the current server, and at each next one while one cannot be reached.
+    /// Makes a call at the current server; if that cannot be reached, at the next ones in turn.
     async fn ask<T, F>(&self, call: impl Fn(Server) -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<Response<T>, Status>>,

@@ -1,4 +1,4 @@
-//! Connections to one server: bounded in time, and a failure is shared by all calls that wait for it.
+//! Makes connections to one server, with a time limit. All calls that wait for a connection share its failure.
 
 use std::future::Future;
 use std::io;
@@ -14,9 +14,9 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tower_service::Service;
 
-/// Time for a connection, and then for the server's first byte: of the TLS handshake, or its HTTP/2 settings.
+/// Time limit of a TCP connection, and then of the server's first byte (of its TLS handshake or HTTP/2 settings).
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// tonic connects anew for each call that waits. For so long after a failure they all fail with it.
+/// tonic makes a new connection for each waiting call. For this long after a failure, they all fail with that failure.
 const SAME_FAILURE: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Default)]
@@ -81,11 +81,11 @@ fn late(what: &str) -> io::Error {
     )
 }
 
-/// A connection that fails where the server says nothing at first. hyper's keepalive takes three times as long, and
-/// does not watch over a TLS handshake.
+/// A connection that fails if the server sends nothing at first. hyper's keepalive takes three times as long to notice,
+/// and it does not cover a TLS handshake.
 pub(crate) struct Connection {
     stream: TokioIo<TcpStream>,
-    /// Until when the server must have said something; `None`: it has.
+    /// Elapses if the server sends nothing in time; `None` once it has sent something.
     silence: Option<Pin<Box<Sleep>>>,
     connector: Connector,
 }
@@ -147,7 +147,7 @@ mod tests {
     use super::*;
     use crate::{Client, Code};
 
-    /// Time is virtual: it passes when nothing else can happen.
+    /// Time is virtual: it advances when all tasks wait.
     #[tokio::test(start_paused = true)]
     async fn a_server_that_never_answers_is_an_error() {
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -12,7 +12,8 @@ use crate::received::Received;
 use crate::v1::generation_service_client::GenerationServiceClient;
 use crate::{Client, Error, Event, Picture, v1};
 
-const FIRST_PATIENCE: Duration = Duration::from_secs(5); // whoever asks where no server is learns it soon
+/// Patience while no event was received, so that a wrong address fails soon.
+const FIRST_PATIENCE: Duration = Duration::from_secs(5);
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const MAX_WAIT: Duration = Duration::from_secs(2);
 /// After these reasons the same generation can be resumed; a lost connection has none.
@@ -22,9 +23,9 @@ const RESUMABLE: [Option<&str>; 4] = [
     Some("MOVED"),
     Some("OTHER_MODEL"),
 ];
-/// After these the same call can succeed at another replica.
+/// After these reasons the same call can succeed at another replica.
 const ELSEWHERE: [Option<&str>; 2] = [Some("DRAINING"), Some("UNAVAILABLE")];
-/// The reason of a server that takes no more.
+/// The reason of a server that accepts no new requests.
 const DRAINING: Option<&str> = Some("DRAINING");
 
 type Item = Result<Event, Error>;
@@ -32,11 +33,11 @@ type Step = dyn Future<Output = (Box<Follower>, Option<Item>)> + Send;
 
 /// The events of one generation: `Accepted`, `Progress`, `Preview` and `Picture` as they come, then `Finished`.
 ///
-/// An error is the last element of a stream that does not finish. Dropping the stream lets the server know: it suspends
-/// a generation that nobody watches, and cancels it after its grace.
+/// If the generation does not finish, the last element is an error. Dropping the stream notifies the server, which
+/// suspends a generation that nobody watches, and cancels it after its grace period.
 #[must_use = "nothing is sent before the stream is polled"]
 pub struct GenerationStream {
-    /// `None` while a step is under way.
+    /// `None` while `step` runs, which owns it meanwhile.
     follower: Option<Box<Follower>>,
     step: Option<Pin<Box<Step>>>,
 }
@@ -67,7 +68,7 @@ impl GenerationStream {
         }
     }
 
-    /// Ends the generation with `DeadlineExceeded` after this time from now, over all connections. To be called before
+    /// Ends the generation with `DeadlineExceeded` after this time from now, over all connections. Call it before
     /// the stream is polled.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         if let Some(follower) = &mut self.follower {
@@ -76,7 +77,7 @@ impl GenerationStream {
         self
     }
 
-    /// The next event, as `StreamExt::next` gives it. Nothing is lost where its future is dropped.
+    /// The next event, as from `StreamExt::next`. Dropping the future loses no event.
     pub async fn next(&mut self) -> Option<Item> {
         poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
     }
@@ -85,7 +86,7 @@ impl GenerationStream {
     ///
     /// # Errors
     ///
-    /// The request was refused, the generation failed, or it could not be resumed.
+    /// If the request was refused, the generation failed, or it could not be resumed.
     pub async fn pictures(mut self) -> Result<Vec<Picture>, Error> {
         let mut pictures = Vec::new();
         while let Some(event) = self.next().await {
@@ -101,7 +102,7 @@ impl GenerationStream {
     ///
     /// # Errors
     ///
-    /// The request was refused, the generation failed, or it could not be resumed.
+    /// If the request was refused, the generation failed, or it could not be resumed.
     pub async fn picture(self) -> Result<Picture, Error> {
         let pictures = self.pictures().await?;
         let none = || Error::new(Code::DataLoss, "the generation finished without a picture");
@@ -134,21 +135,21 @@ impl fmt::Debug for GenerationStream {
     }
 }
 
-/// Follows a generation over as many connections as it takes.
+/// Follows a generation over as many connections as necessary.
 struct Follower {
     client: Client,
-    /// `None` only watches.
+    /// `None`: watches a generation that exists.
     request: Option<v1::GenerateRequest>,
     received: Received,
     deadline: Option<Instant>,
     connection: Option<Connection>,
-    /// Which of the connections to the server the last call was made by.
+    /// How often the connection to the server had been replaced when the last call was made.
     connection_number: usize,
     give_up_at: Instant,
     tries: u32,
     refusals: u32,
     drains: u32,
-    /// Events that had been received when a connection was lost.
+    /// Number of events that had been received when the last connection was lost.
     num_events: u64,
     ended: bool,
 }
@@ -191,7 +192,7 @@ impl Follower {
             return self.receive_at_leisure().await;
         };
         match timeout_at(deadline, self.receive_at_leisure()).await {
-            // tonic counts the time too, and calls it a lost connection.
+            // tonic enforces the deadline too, but reports it as a lost connection.
             Ok(Err(failure)) if failure.reason().is_none() && Instant::now() >= deadline => {
                 Err(late())
             }
@@ -216,7 +217,7 @@ impl Follower {
         }
     }
 
-    /// Starts the generation, or watches it where it has a name.
+    /// Starts the generation, or watches it if it has a name already.
     async fn open(&mut self) -> Result<Connection, Error> {
         let (server, number) = self.client.server_at(self.received.at);
         self.connection_number = number;
@@ -242,7 +243,7 @@ impl Follower {
         request
     }
 
-    /// Waits until the generation can be asked for again; the failure where it cannot.
+    /// Waits until the next attempt to resume the generation; returns the failure if there is none.
     async fn wait(&mut self, failure: Error) -> Result<(), Error> {
         if self.received.num_events > self.num_events {
             self.num_events = self.received.num_events;
@@ -273,7 +274,7 @@ impl Follower {
                 self.give_up_at = Instant::now() + self.client.patience();
             }
             self.refusals += 1;
-            scaled(after, 1.0, 1.2) // not all at the same moment
+            scaled(after, 1.0, 1.2) // clients must not all retry at the same moment
         } else {
             return Err(failure);
         };
@@ -293,7 +294,7 @@ impl Follower {
         Ok(())
     }
 
-    /// The time after which the server wants to be asked again, where nothing has started.
+    /// The time after which the server asks to retry, if nothing has started.
     fn refused_for_now(&self, failure: &Error) -> Option<Duration> {
         let asked_for_more = failure.code() == Code::ResourceExhausted;
         failure
@@ -315,7 +316,7 @@ fn late() -> Error {
     Error::new(Code::DeadlineExceeded, "the deadline has passed")
 }
 
-/// Whether asking again can go on with the same generation. `movable`: another server can go on with it.
+/// Whether the same generation can be resumed. `movable`: another server can continue it.
 fn is_resumable(failure: &Error, movable: bool) -> bool {
     let reason = failure.reason();
     failure.code() == Code::Unavailable

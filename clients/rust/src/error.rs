@@ -18,27 +18,27 @@ struct Inner {
 }
 
 impl Error {
-    /// The code of gRPC.
+    /// The gRPC status code.
     pub fn code(&self) -> Code {
         self.0.status.code()
     }
 
-    /// The text for people.
+    /// A description for people.
     pub fn message(&self) -> &str {
         self.0.status.message()
     }
 
-    /// A stable name for programs, such as "QUEUE_FULL"; `None` where the server sent none.
+    /// A stable name for programs, such as "QUEUE_FULL"; `None` if the server sent none.
     pub fn reason(&self) -> Option<&str> {
         self.0.reason.as_deref()
     }
 
-    /// For an invalid request what to change: the path of each field and a description.
+    /// What to change in an invalid request: a description by the path of each field.
     pub fn violations(&self) -> &BTreeMap<String, String> {
         &self.0.violations
     }
 
-    /// The time after which the server asks to retry; `None` where it sent none.
+    /// The time after which the server asks to retry; `None` if it sent none.
     pub fn retry_after(&self) -> Option<Duration> {
         self.0.retry_after
     }
@@ -54,13 +54,13 @@ impl Error {
 }
 
 impl From<Status> for Error {
-    /// A connection that is lost has several codes in tonic; here it is `Unavailable`, as in other languages. A message
-    /// over the client's limit is `ResourceExhausted`, as gRPC has it.
+    /// tonic reports a lost connection by several codes; here it is `Unavailable`, as in other languages. A message above
+    /// the client's limit is `ResourceExhausted`, as in gRPC.
     fn from(status: Status) -> Self {
         let status = if is_lost(&status) {
             Status::unavailable(causes(&status))
         } else if status.code() == Code::OutOfRange && status.details().is_empty() {
-            Status::resource_exhausted(status.message()) // tonic's own: every error of the server has details
+            Status::resource_exhausted(status.message()) // tonic's own: the server's errors have details
         } else {
             status
         };
@@ -83,16 +83,16 @@ impl From<Status> for Error {
     }
 }
 
-/// Whether the server did not say this. What tonic finds wrong with a connection has a source. A stream that ended
-/// within a message, or without a status, has none, nor has a call that a stopping server cancels: these codes, and no
-/// details, which every error of Safelight has.
+/// Whether a status means a lost connection and does not come from the server. Errors that tonic finds in a connection
+/// have a source. A stream that ended within a message or without a status has none, nor has a call that a stopping server
+/// cancels; these have one of the codes below and no details, which every error of Safelight has.
 fn is_lost(status: &Status) -> bool {
     let codes = [Code::Cancelled, Code::Unknown, Code::Internal];
     let broken = codes.contains(&status.code()) && status.details().is_empty();
     broken || std::error::Error::source(status).is_some()
 }
 
-/// The message of a status and of all that caused it.
+/// The message of a status, with those of its causes.
 fn causes(status: &Status) -> String {
     let mut said = status.message().to_owned();
     let mut cause = std::error::Error::source(status);

@@ -2,13 +2,13 @@ use tonic::codegen::Bytes;
 
 use crate::v1;
 
-/// What happened to a generation.
+/// Something that happened to a generation.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
     /// The first event: the request was admitted.
     Accepted {
-        /// The name, "generations/ID", for [`Client::watch`](crate::Client::watch) and `cancel`.
+        /// The generation's name, "generations/ID", for [`Client::watch`](crate::Client::watch) and `cancel`.
         generation: String,
         /// What was accepted, with all defaults filled in.
         accepted: Box<v1::Accepted>,
@@ -21,9 +21,9 @@ pub enum Event {
     Picture(Picture),
     /// The last event: the generation has succeeded.
     Finished {
-        /// The name.
+        /// The generation's name.
         generation: String,
-        /// What it has used, and where its time went.
+        /// With its usage and timings.
         finished: Box<v1::Finished>,
     },
 }
@@ -32,7 +32,7 @@ pub enum Event {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Picture {
-    /// Which output, by its place in the spec.
+    /// Index of the output in the spec, from 0.
     pub output_index: usize,
     /// Encoding of `data`.
     pub media_type: String,

@@ -1,4 +1,4 @@
-//! Client of [Safelight](https://github.com/safelight/safelight): ask for a picture and watch it develop.
+//! Client of [Safelight](https://github.com/safelight/safelight), a text-to-image server that streams previews.
 //!
 //! ```no_run
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -17,11 +17,11 @@
 //! # }
 //! ```
 //!
-//! A [`GenerationStream`] is a [`Stream`](futures_core::Stream) too. Dropping it lets the server know that nobody
-//! watches; [`Client::cancel`] stops the work at once. A client is used within a Tokio runtime.
+//! A [`GenerationStream`] is also a [`Stream`](futures_core::Stream). Dropping it tells the server that nobody watches;
+//! [`Client::cancel`] stops the work at once. A client must be used within a Tokio runtime.
 //!
-//! A stream that is lost is resumed from its step, also at another replica. A refusal that says when to retry is sent
-//! again then. Without a deadline a server that is frozen is noticed within 15 seconds.
+//! A lost stream is resumed from its step, also at another replica. If a refusal says when to retry, the request is sent
+//! again then. Without a deadline, a frozen server is noticed within 15 seconds.
 
 #![warn(missing_docs)]
 
@@ -41,13 +41,13 @@ pub use tonic::Code;
 #[cfg(feature = "tls")]
 pub use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-/// The messages and stubs of the contract.
+/// The messages and stubs of the API.
 #[allow(missing_docs, clippy::all)]
 pub mod v1 {
     include!("stubs/safelight.v1.rs");
 
     impl From<&str> for GenerateRequest {
-        /// One picture of a prompt, by the model's defaults.
+        /// A request for one picture of a prompt, with the model's defaults.
         fn from(prompt: &str) -> Self {
             GenerationSpec {
                 prompt: prompt.to_owned(),
@@ -67,10 +67,10 @@ pub mod v1 {
     }
 }
 
-/// The programs of the README are compiled.
+/// Compiles the programs of the README.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// What a call gives.
+/// The result of a call.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -6,10 +6,10 @@ use tonic::Code;
 use crate::v1::{self, generation_event};
 use crate::{Error, Event, Picture};
 
-/// How far a generation was received, over all connections.
+/// What was received of a generation so far, over all connections.
 #[derive(Default)]
 pub(crate) struct Received {
-    /// Index of the server that is asked.
+    /// Index of the server that the generation uses.
     pub at: usize,
     pub preview: Option<v1::PreviewPolicy>,
     pub name: String,
@@ -21,7 +21,7 @@ pub(crate) struct Received {
     parts: BTreeMap<i32, Part>,
 }
 
-/// What is there of a picture. `data` is taken when it is whole, `num_bytes` stays.
+/// The received part of a picture. `data` is taken out when it is complete; `num_bytes` stays.
 #[derive(Default)]
 struct Part {
     data: Vec<u8>,
@@ -38,7 +38,7 @@ impl Received {
         }
     }
 
-    /// The request that goes on where the last connection ended.
+    /// The request that continues where the last connection ended.
     pub fn watch(&self) -> v1::WatchGenerationRequest {
         v1::WatchGenerationRequest {
             name: self.name.clone(),
@@ -55,7 +55,7 @@ impl Received {
         }
     }
 
-    /// What a message means to the caller; `None` for a piece of a picture and for what is of the protocol alone.
+    /// The event that a message is for the caller; `None` for a piece of a picture and for details of the protocol.
     pub fn take(&mut self, message: v1::GenerationEvent) -> Result<Option<Event>, Error> {
         self.num_events += 1;
         self.sequence = self.sequence.max(message.sequence);
@@ -69,7 +69,7 @@ impl Received {
             }
             Some(generation_event::Event::Finished(finished)) => {
                 self.finished = true;
-                // Where it failed, the call ends with the same status.
+                // If the generation failed, the call ends with the same status.
                 let succeeded = finished
                     .status
                     .as_ref()

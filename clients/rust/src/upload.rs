@@ -7,9 +7,9 @@ use sha2::{Digest, Sha256};
 
 use crate::v1::UploadImageRequest;
 
-const PIECE_BYTES: usize = 32 << 10; // what a server takes in one message
+const PIECE_BYTES: usize = 32 << 10; // the most that a server accepts in one message
 
-/// The messages of the upload of a picture: its digest and its size, then its bytes.
+/// The messages that upload a picture: its digest and its size, then its bytes.
 pub(crate) struct Pieces {
     first: Option<UploadImageRequest>,
     data: Bytes,

@@ -1,4 +1,4 @@
-/** What the conformance suite cannot see: the network here is one of this process. */
+/** Tests of what the conformance suite cannot observe; the network is simulated in this process. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import type { MessageInitShape } from "@bufbuild/protobuf";
@@ -14,7 +14,7 @@ import * as web from "./web.js";
 
 type Answers = AsyncIterable<MessageInitShape<typeof GenerateResponseSchema>>;
 
-/** A client of a server whose `Generate` is the function given. */
+/** A client of a server whose `Generate` is the given function. */
 class FakeClient extends BaseClient {
   constructor(generate: (request: GenerateRequest, context: HandlerContext) => Answers, options: ClientOptions = {}) {
     super([createRouterTransport(({ service }) => service(GenerationService, { generate }))], options);

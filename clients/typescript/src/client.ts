@@ -14,17 +14,17 @@ import type { Generation } from "./stubs/safelight/v1/generation_pb.js";
 import { ModelService } from "./stubs/safelight/v1/models_pb.js";
 import type { Model } from "./stubs/safelight/v1/models_pb.js";
 
-/** What every client can be told. */
+/** Options that every client has. */
 export interface ClientOptions {
   /** Sent as a bearer token. */
   apiKey?: string;
-  /** How long a lost generation is asked for again since its last event; at most 5 s before the first. Default: 60 s. */
+  /** How long to try to resume a lost generation after its last event; at most 5 s before the first. Default: 60 s. */
   patienceMs?: number;
-  /** How often a request is sent again that was refused with the time after which to retry. Default: 3. */
+  /** How often a request is sent again if its refusal says after which time to retry. Default: 3. */
   retries?: number;
 }
 
-/** The events of a generation, to be read once: by `for await`, or by one of the shorthands. */
+/** The events of a generation. They can be read once: by `for await`, or by one of the shorthand methods. */
 export class GenerationStream implements AsyncIterable<Event> {
   readonly #events: AsyncGenerator<Event, void, void>;
 
@@ -32,33 +32,33 @@ export class GenerationStream implements AsyncIterable<Event> {
     this.#events = events;
   }
 
-  /** Leaving the loop ends the stream. The server suspends the generation, and cancels it after its grace. */
+  /** Leaving the loop ends the stream. The server then suspends the generation, and cancels it after its grace period. */
   [Symbol.asyncIterator](): AsyncGenerator<Event, void, void> {
     return this.#events;
   }
 
-  /** All pictures, in the order of the outputs, when the generation has finished. */
+  /** Waits for all pictures, in the order of the outputs. */
   async pictures(): Promise<Picture[]> {
     const pictures: Picture[] = [];
     for await (const event of this.#events) if (event.type === "picture") pictures[event.outputIndex] = event;
     return pictures;
   }
 
-  /** The first picture, when the generation has finished. */
+  /** Waits for all pictures and returns the first. */
   async picture(): Promise<Picture> {
     const [picture] = await this.pictures();
     if (!picture) throw new SafelightError("the generation has no picture", Code.DataLoss);
     return picture;
   }
 
-  /** The first picture as a `Blob` of its media type. */
+  /** As `image`, as a `Blob` of the picture's media type. */
   async blob(): Promise<Blob> {
     const { data, mediaType } = await this.picture();
     return new Blob([data], { type: mediaType });
   }
 }
 
-/** What the clients for Node and for browsers have in common. */
+/** The common part of the clients for Node and for browsers. */
 export class BaseClient {
   readonly #servers: Servers;
 
@@ -70,35 +70,35 @@ export class BaseClient {
     this.#servers = new Servers(transports, headers, options.patienceMs ?? 60_000, options.retries ?? 3, reconnect);
   }
 
-  /** The connection to the current server, for stubs of other services; another one after a server has drained. */
+  /** The connection to the current server, for stubs of other services. It is replaced after the server has drained. */
   get transport(): Transport {
     return this.#servers.transport();
   }
 
-  /** Starts a generation when it is first read, and watches it. */
+  /** Starts a generation and returns its events. Nothing is sent before the first one is read. */
   generate(options: GenerateOptions): GenerationStream {
     return this.develop(generateRequest(options), options);
   }
 
   /**
-   * As `generate`, of a whole message of the contract. Without a request id it gets one, so that it can be sent again
+   * As `generate`, but takes a whole GenerateRequest. Without a request id it gets one, so that it can be sent again
    * without running twice.
    */
   develop(message: MessageInitShape<typeof GenerateRequestSchema>, limits: Limits = {}): GenerationStream {
     const request = create(GenerateRequestSchema, message);
     const sent = { ...request, requestId: request.requestId || uuid() };
-    toBinary(GenerateRequestSchema, sent); // a value that does not fit its field is an error here
+    toBinary(GenerateRequestSchema, sent); // throws if a value does not fit its field
     const received = new Received(this.#servers.at, "", sent.preview);
     return new GenerationStream(develop(this.#servers, sent, received, limits));
   }
 
-  /** Watches a generation that exists, "generations/ID", from its first event on. */
+  /** Watches an existing generation, "generations/ID", from its first event on. */
   watch(generation: string, options: Limits & { preview?: PreviewOptions | false } = {}): GenerationStream {
     const received = new Received(this.#servers.at, generation, previewPolicy(options.preview));
     return new GenerationStream(develop(this.#servers, undefined, received, options));
   }
 
-  /** What is known of a generation. */
+  /** Returns the present state of a generation. */
   async get(generation: string, limits: Limits = {}): Promise<Generation> {
     const response = await this.#servers.ask(limits, (transport, options) =>
       createClient(GenerationService, transport).getGeneration({ name: generation }, options),
@@ -106,7 +106,7 @@ export class BaseClient {
     return response.generation!;
   }
 
-  /** Stops a generation and returns it as it ended, with the step that each output had reached. */
+  /** Stops a generation and returns its final state, with the step that each output had reached. */
   async cancel(generation: string, limits: Limits = {}): Promise<Generation> {
     const response = await this.#servers.ask(limits, (transport, options) =>
       createClient(GenerationService, transport).cancelGeneration({ name: generation }, options),
@@ -114,7 +114,7 @@ export class BaseClient {
     return response.generation!;
   }
 
-  /** Makes a call at the current server, and at each next one while one cannot be reached. */
+  /** Makes a call at the current server; if that cannot be reached, at the next ones in turn. */
   protected ask<Response>(limits: Limits, call: (transport: Transport, options: CallOptions) => Promise<Response>): Promise<Response> {
     return this.#servers.ask(limits, call);
   }
@@ -134,14 +134,14 @@ export class BaseClient {
   }
 }
 
-/** The targets of a client, each trimmed. Several are an array, or separated by commas. */
+/** The targets of a client, trimmed. Several are given as an array, or separated by commas. */
 export function targetsOf(targets: string | readonly string[]): string[] {
   const all = (typeof targets === "string" ? targets.split(",") : targets).map((target) => target.trim());
   if (all.length === 0 || all.includes("")) throw new TypeError(`targets: ${JSON.stringify(targets)} names no server`);
   return all;
 }
 
-/** A random UUID; `crypto.randomUUID` is missing in pages without TLS. */
+/** A random UUID. Pages without TLS have no `crypto.randomUUID`. */
 function uuid(): string {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   bytes[6] = (bytes[6]! & 0x0f) | 0x40;

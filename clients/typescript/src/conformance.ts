@@ -1,5 +1,5 @@
 /**
- * The runner of the TypeScript client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
+ * The runner of the TypeScript client: reads cases, runs them, and prints the outcomes, a JSON object a line each.
  * With `--web` the client is the one for browsers. See clients/CONFORMANCE.md.
  */
 import { createHash } from "node:crypto";
@@ -112,7 +112,7 @@ async function generate(client: Client, given: Case, json: JsonValue) {
   return seen;
 }
 
-/** Sends a message as it is; or says it in plain options, where the case has some. */
+/** Sends the case's message as it is, or its plain options if the case has some. */
 function asked(client: Client, given: Case, request: GenerateRequest, limits: { timeoutMs?: number }): AsyncIterable<node.Event> {
   const { guidance_interval: guidanceInterval, guidance_rescale: guidanceRescale, min_num_steps: minNumSteps } = given;
   if (guidanceInterval.length === 0 && !minNumSteps) return client.develop(request, limits);
@@ -128,7 +128,7 @@ function asked(client: Client, given: Case, request: GenerateRequest, limits: { 
   });
 }
 
-/** What a second screen sees, and what the server says of the generation and of its models. */
+/** Watches a generation again: the events, and what the server reports about the generation and its models. */
 async function watchAgain(client: Client, name: string) {
   const reliable: string[] = [];
   const sha256: string[] = [];
@@ -152,7 +152,7 @@ function stateName(state: node.Generation_State): string {
   return Generation_StateSchema.value[state]!.name;
 }
 
-/** The name of the specification, "RESOURCE_EXHAUSTED", where Connect says ResourceExhausted. */
+/** The name of a code in gRPC's specification, such as "RESOURCE_EXHAUSTED"; Connect says ResourceExhausted. */
 function codeName(code: node.Code): string {
   return code === node.Code.Canceled ? "CANCELLED" : node.Code[code].replace(/(?<!^)([A-Z])/g, "_$1").toUpperCase();
 }

@@ -6,32 +6,32 @@ import type { Received } from "./received.js";
 import { GenerationService } from "./stubs/safelight/v1/generation_pb.js";
 import type { GenerateRequest, GenerationEvent } from "./stubs/safelight/v1/generation_pb.js";
 
-const FIRST_PATIENCE_MS = 5_000; // while no event was received: whoever asks where no server is learns it soon
+const FIRST_PATIENCE_MS = 5_000; // while no event was received, so that a wrong address fails soon
 const FIRST_WAIT_MS = 100;
 const MAX_WAIT_MS = 2_000;
-const MAX_TIMEOUT_MS = 2 ** 31 - 1; // of setTimeout
-const DRAINING = "DRAINING"; // reason of a server that takes no more
+const MAX_TIMEOUT_MS = 2 ** 31 - 1; // the longest that setTimeout supports
+const DRAINING = "DRAINING"; // reason of a server that accepts no new requests
 
 /** After these reasons the same generation can be resumed; "" is a lost connection. */
 const RESUMABLE = new Set(["", "WATCHER_STALLED", "MOVED", "OTHER_MODEL"]);
-/** After these the same call can succeed at another replica. */
+/** After these reasons the same call can succeed at another replica. */
 const ELSEWHERE = new Set([DRAINING, "UNAVAILABLE"]);
 
-/** When a call ends by itself or by its caller. */
+/** By what a caller can end a call. */
 export interface Limits {
-  /** Ends the call and lets the server know. */
+  /** Ends the call and notifies the server. */
   signal?: AbortSignal;
-  /** The deadline, in milliseconds from now, over all connections. The server knows it. */
+  /** The deadline, in milliseconds from now, over all connections. It is also sent to the server. */
   timeoutMs?: number;
 }
 
-/** The servers that a client asks, and how. */
+/** The servers of a client, and how it connects to them. */
 export class Servers {
-  /** Index of the server that new calls ask. */
+  /** Index of the server that new calls use. */
   at = 0;
   readonly #transports: Transport[];
 
-  /** `reconnect` makes a new connection to a server; absent where the connections are not the client's, as in pages. */
+  /** `reconnect` makes a new connection to a server; absent in pages, where the browser owns the connections. */
   constructor(
     transports: readonly Transport[],
     readonly headers: Record<string, string>,
@@ -51,16 +51,16 @@ export class Servers {
   }
 
   /**
-   * New calls at a server use a new connection, which a load balancer may give to another server; streams that are open stay
-   * on the old one. Generations that are refused together give up the same connection: the first of them replaces it.
+   * Makes new calls use a new connection, which a load balancer may lead to another server; open streams stay
+   * on the old one. Generations that are refused at the same time replace a connection only once.
    */
   giveUp(at: number, transport: Transport): void {
     if (this.reconnect && this.#transports[at] === transport) this.#transports[at] = this.reconnect(at);
   }
 
   /**
-   * The server to ask after one that failed. Generations that lose a server together step to the same next one; new calls
-   * follow the first of them only.
+   * The server to use after one that failed. Generations that lose a server at the same time move to the same next one,
+   * and only the first of them changes the server of new calls.
    */
   next(failed: number): number {
     const after = (failed + 1) % this.size;
@@ -68,7 +68,7 @@ export class Servers {
     return after;
   }
 
-  /** Makes a call at the current server, and at each next one while one cannot be reached. */
+  /** Makes a call at the current server; if that cannot be reached, at the next ones in turn. */
   async ask<Response>(limits: Limits, call: (transport: Transport, options: CallOptions) => Promise<Response>): Promise<Response> {
     const deadline = deadlineOf(limits);
     for (let left = this.size - 1; ; left--) {
@@ -88,7 +88,7 @@ export class Servers {
   }
 }
 
-/** Follows a generation over as many connections as it takes. Without a request it only watches. */
+/** Follows a generation over as many connections as necessary. Without a request it only watches. */
 export async function* develop(
   servers: Servers,
   request: GenerateRequest | undefined,
@@ -128,7 +128,7 @@ export async function* develop(
       waitMs = scaled(failure.retryAfterMs || FIRST_WAIT_MS, 1, 1.2);
     } else if (isRefusedForNow(failure, received) && refusals < servers.retries) {
       if (refusals === 0) giveUpAt = performance.now() + servers.patienceMs;
-      waitMs = scaled(failure.retryAfterMs!, 1, 1.2); // not all at the same moment
+      waitMs = scaled(failure.retryAfterMs!, 1, 1.2); // clients must not all retry at the same moment
       refusals++;
     } else {
       throw failure;
@@ -140,7 +140,7 @@ export async function* develop(
   }
 }
 
-/** Follows one connection to its end. */
+/** Receives one connection to its end. */
 async function* follow(
   servers: Servers,
   transport: Transport,
@@ -166,7 +166,7 @@ async function* follow(
     }
   } finally {
     signal?.removeEventListener("abort", abort);
-    stream.abort(); // whoever looks away lets the server know
+    stream.abort(); // tells the server that nobody watches
   }
   if (!received.finished) {
     const name = received.name || "the generation";
@@ -174,7 +174,7 @@ async function* follow(
   }
 }
 
-/** Starts the generation, or watches it where it has a name. */
+/** Starts the generation, or watches it if it has a name already. */
 function open(
   transport: Transport,
   request: GenerateRequest | undefined,
@@ -187,13 +187,13 @@ function open(
     : service.watchGeneration(received.watch(), options);
 }
 
-/** Asking again can go on with the same generation. `movable`: another server can go on with it. */
+/** Whether the same generation can be resumed. `movable`: another server can continue it. */
 function isResumable(failure: SafelightError, movable: boolean): boolean {
   const known = RESUMABLE.has(failure.reason) || (movable && ELSEWHERE.has(failure.reason));
   return failure.code === Code.Unavailable && known;
 }
 
-/** The server has said when to ask again, and nothing has started. */
+/** Whether the server has said when to retry, and nothing has started. */
 function isRefusedForNow(failure: SafelightError, received: Received): boolean {
   return failure.retryAfterMs !== undefined && (failure.code === Code.ResourceExhausted || !received.name);
 }

@@ -1,7 +1,7 @@
 import { Code, ConnectError } from "@connectrpc/connect";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "./stubs/google/rpc/error_details_pb.js";
 
-/** What a transport says of a connection that was lost, or never came to be. */
+/** Codes by which a transport reports a connection that was lost or could not be made. */
 const LOST = new Set([
   Code.Aborted,
   Code.Canceled,
@@ -17,11 +17,11 @@ export class SafelightError extends Error {
   override readonly name = "SafelightError";
   /** The gRPC status code. */
   readonly code: Code;
-  /** A stable name for programs, such as "QUEUE_FULL"; empty where the server sent none. */
+  /** A stable name for programs, such as "QUEUE_FULL"; empty if the server sent none. */
   readonly reason: string = "";
-  /** For an invalid request: what to change, by the path of each field. */
+  /** What to change in an invalid request: a description by the path of each field. */
   readonly fieldViolations: Readonly<Record<string, string>> = {};
-  /** Milliseconds after which to retry; undefined where the server sent none. */
+  /** Milliseconds after which to retry; undefined if the server sent no time. */
   readonly retryAfterMs: number | undefined;
 
   constructor(message: string, code: Code, cause?: unknown) {
@@ -35,7 +35,7 @@ export class SafelightError extends Error {
     if (delay) this.retryAfterMs = Number(delay.seconds) * 1000 + delay.nanos / 1e6;
   }
 
-  /** The error of a call that has failed. `signal`: the caller's, who may have ended the call. */
+  /** The error of a failed call. `signal`: the caller's, which may have ended the call. */
   static from(error: unknown, signal?: AbortSignal): SafelightError {
     if (error instanceof SafelightError) return error;
     const failure = ConnectError.from(error);
@@ -54,16 +54,16 @@ export class SafelightError extends Error {
   }
 }
 
-/** The code of a status. One that says Canceled and gives no reason is of a server that stops: the connection is lost. */
+/** The code of a status. A server that stops sends Canceled without a reason; that counts as a lost connection. */
 function codeOfServer(failure: ConnectError): Code {
   const bare = failure.findDetails(ErrorInfoSchema).length === 0;
   return failure.code === Code.Canceled && bare ? Code.Unavailable : failure.code;
 }
 
-/** The code of an error that the server has not given as a status. */
+/** The code of an error that is not a status of the server. */
 function codeOfTransport(failure: ConnectError): Code {
   if (failure.rawMessage === "HTTP 413") return Code.ResourceExhausted;
   if (/ larger than configured readMaxBytes /.test(failure.rawMessage)) return failure.code;
-  const answered = failure.rawMessage.startsWith("HTTP "); // by something that speaks no gRPC-Web
+  const answered = failure.rawMessage.startsWith("HTTP "); // the answer of something that does not speak gRPC-Web
   return LOST.has(failure.code) && !answered ? Code.Unavailable : failure.code;
 }

@@ -16,7 +16,7 @@ export interface Picture {
   readonly mediaType: string;
   readonly widthPx: number;
   readonly heightPx: number;
-  /** From one row to the next for raw pixels, else 0. */
+  /** Bytes from one row to the next for raw pixels, else 0. */
   readonly strideBytes: number;
   readonly seed: bigint;
   readonly data: Uint8Array<ArrayBuffer>;
@@ -25,5 +25,5 @@ export interface Picture {
 /** The last event: the generation has succeeded. */
 export type Finished = pb.Finished & { readonly type: "finished"; readonly generation: string };
 
-/** What happened to a generation. `type` says what it is. */
+/** Something that happened to a generation; `type` tells which event it is. */
 export type Event = Accepted | Progress | Preview | Picture | Finished;

@@ -1,4 +1,4 @@
-/** What the clients for Node and for browsers both export. */
+/** The exports that the clients for Node and for browsers have in common. */
 export { Code } from "@connectrpc/connect";
 export { GenerationStream } from "./client.js";
 export type { ClientOptions } from "./client.js";

@@ -13,16 +13,16 @@ import type { Image, UploadImageRequestSchema } from "./stubs/safelight/v1/image
 export * from "./index.js";
 export type { Image } from "./stubs/safelight/v1/images_pb.js";
 
-const PIECE_BYTES = 32 << 10; // what a server takes in one message
+const PIECE_BYTES = 32 << 10; // the most that a server accepts in one message
 
-/** How a server's certificate is checked, and what this client shows of its own. */
+/** How the server's certificate is checked, and this client's own certificate. */
 export interface TlsOptions extends Pick<SecureContextOptions, "ca" | "cert" | "key"> {
-  /** The name in the certificate, where it is not the target's. */
+  /** The name in the server's certificate, if it is not the target's host. */
   serverName?: string;
 }
 
 export interface NodeClientOptions extends ClientOptions {
-  /** Ask by TLS: true with the authorities that Node knows. Absent: plain text. */
+  /** Use TLS; true: trust the certificate authorities that Node knows. Absent: plain text. */
   tls?: boolean | TlsOptions;
   /** The largest message that is received; a larger one is `Code.ResourceExhausted`. Default: 4 MiB. */
   maxMessageBytes?: number;
@@ -34,8 +34,8 @@ export class Client extends BaseClient {
   readonly #givenUp: Http2SessionManager[];
 
   /**
-   * `targets`: "host:port". Of several replicas, the next one is asked when one is lost, and goes on with each generation
-   * that was accepted as replicated. node:http2 knows no proxies, so none is ever asked.
+   * `targets`: "host:port". With several replicas, if one fails, the client calls the next one, which continues each
+   * generation that was accepted as replicated. node:http2 does not support proxies, so none is used.
    */
   constructor(targets: string | readonly string[], options: NodeClientOptions = {}) {
     const { tls } = options;
@@ -51,18 +51,18 @@ export class Client extends BaseClient {
       if (!/^[^/@]+:\d+$/.test(target) || !URL.canParse(`${scheme}://${target}`)) {
         throw new TypeError(`targets: ${JSON.stringify(target)} is not "host:port"`);
       }
-      // A server may take 5 s to answer a connection. While a stream is open, one that is frozen is seen within 15 s.
+      // A server may take 5 s to answer a connection. While a stream is open, one that is frozen is noticed within 15 s.
       const keepalive = { connectTimeoutMs: 5_000, pingIntervalMs: 10_000, pingTimeoutMs: 5_000 };
       return new Http2SessionManager(`${scheme}://${target}`, keepalive, nodeOptions);
     };
-    // Node's window for a stream is 64 KiB: previews wait at the server, where the newest wins, not here.
+    // Node's flow-control window for a stream is 64 KiB: previews wait at the server, where newer ones replace older ones.
     const transportOf = (session: Http2SessionManager) =>
       createGrpcTransport({ baseUrl: session.authority, sessionManager: session, readMaxBytes: options.maxMessageBytes ?? 4 << 20 });
     const all = targetsOf(targets);
     const sessions = all.map(sessionOf);
     const givenUp: Http2SessionManager[] = [];
     super(sessions.map(transportOf), options, (at) => {
-      // Its streams go on. It ends with its server, or once it was idle for 15 minutes.
+      // Open streams of the old connection continue. It ends with its server, or when it was idle for 15 minutes.
       const alive = givenUp.filter((one) => one.state() !== "closed" && one.state() !== "error");
       givenUp.splice(0, givenUp.length, ...alive, sessions[at]!);
       sessions[at] = sessionOf(all[at]!);
@@ -73,8 +73,8 @@ export class Client extends BaseClient {
   }
 
   /**
-   * Sends a picture: PNG, JPEG or WebP. Its name can then be `initImage` or `mask`, for as long as the server keeps it. Pages
-   * cannot: gRPC-Web streams in one direction only.
+   * Uploads a picture: PNG, JPEG or WebP. Its name can then be `initImage` or `mask`, for as long as the server keeps it.
+   * Pages cannot do this, since gRPC-Web has no streams from the client.
    */
   async uploadImage(data: Uint8Array, limits: Limits = {}): Promise<Image> {
     const response = await this.ask(limits, (transport, options) =>
@@ -89,7 +89,7 @@ export class Client extends BaseClient {
   }
 }
 
-/** The messages of an upload: the digest and the size of a picture, then its bytes. */
+/** The messages that upload a picture: its digest and its size, then its bytes. */
 async function* pieces(data: Uint8Array): AsyncGenerator<MessageInitShape<typeof UploadImageRequestSchema>> {
   yield { sha256: createHash("sha256").update(data).digest(), totalBytes: BigInt(data.length) };
   for (let start = 0; start < data.length; start += PIECE_BYTES) yield { data: data.subarray(start, start + PIECE_BYTES) };

@@ -11,30 +11,30 @@ import type {
   WatchGenerationRequestSchema,
 } from "./stubs/safelight/v1/generation_pb.js";
 
-/** How far a generation was received, over all connections. */
+/** What was received of a generation so far, over all connections. */
 export class Received {
   numEvents = 0;
   finished = false;
-  /** Another replica can go on with it. */
+  /** Another replica can continue it. */
   replicated = false;
   #sequence = 0n;
   #seeds: bigint[] = [];
   readonly #parts = new Map<number, { data: Uint8Array<ArrayBuffer>; numBytes: number }>();
 
-  /** `at`: index of the server that is asked. `name`: of the generation; empty until it is known. */
+  /** `at`: index of the server that the generation uses. `name`: of the generation; empty until it is accepted. */
   constructor(
     public at: number,
     public name: string,
     readonly preview: MessageInitShape<typeof PreviewPolicySchema> | undefined,
   ) {}
 
-  /** The request that goes on where the last connection ended. */
+  /** The request that continues where the last connection ended. */
   watch(): MessageInitShape<typeof WatchGenerationRequestSchema> {
     const artifactOffsets = [...this.#parts].map(([outputIndex, part]) => ({ outputIndex, offset: BigInt(part.numBytes) }));
     return { name: this.name, afterSequence: this.#sequence, artifactOffsets, preview: this.preview };
   }
 
-  /** What a message means to the caller; undefined for a piece of a picture and for what is of the protocol alone. */
+  /** The event that a message is for the caller; undefined for a piece of a picture and for details of the protocol. */
   take(message: GenerationEvent): Event | undefined {
     this.name = message.generation;
     this.numEvents++;

@@ -17,77 +17,77 @@ const CACHE_MODES = {
   similar: CachePolicy_Mode.ALLOW_SIMILAR,
 };
 
-/** Which previews a stream wants. Absent: JPEG after every step, as fast as they are read. */
+/** Which previews to send on a stream. Absent: a JPEG after every step, as fast as they are read. */
 export interface PreviewOptions {
-  /** Such as "image/webp" or "application/x-raw-rgba8"; several: the first that the server has. */
+  /** Media type, such as "image/webp" or "application/x-raw-rgba8"; of several, the server uses the first it offers. */
   mediaType?: string | readonly string[];
-  /** After every so many steps, and after the first. */
+  /** Send a preview after every so many steps, and after the first. */
   everySteps?: number;
   /** Longest edge in pixels; larger previews are scaled down. */
   maxEdge?: number;
-  /** Bytes a second, averaged over a second. */
+  /** Most bytes a second, averaged over a second. */
   maxBytesPerSecond?: number;
   method?: PreviewMethod;
 }
 
-/** What may be said beside the prompt; absent means the server's or the model's default. */
+/** Options beside the prompt. An absent one means the server's or the model's default. */
 export interface GenerateOptions extends Limits {
   prompt: string;
-  /** What guidance leads away from. */
+  /** What the picture should not show: guidance leads away from it. */
   negativePrompt?: string;
   /** The id of a model. */
   model?: string;
-  /** Width in pixels, together with `height` one of the model's sizes. */
+  /** Width in pixels; with `height` it must be one of the model's sizes. */
   width?: number;
   height?: number;
   /** Seed of the only picture, 0 to 2^64 - 1. Absent: random. */
   seed?: number | bigint;
-  /** One for each picture, in place of `seed`. */
+  /** A seed for each picture, instead of `seed`. */
   seeds?: readonly (number | bigint)[];
   /**
    * A picture to start from, by its name: "images/SHA256" of one that was uploaded (by `uploadImage`, in Node), or
    * "generations/ID/outputs/INDEX", the picture of another generation.
    */
   initImage?: string;
-  /** How much of `initImage` is given up, above 0 and at most 1. */
+  /** How far the picture may depart from `initImage`, above 0 and at most 1. */
   strength?: number;
-  /** Where `initImage` is developed anew: white, or transparent if it has an alpha channel. Named as that. */
+  /** The mask, named as `initImage`: white (or, with an alpha channel, transparent) parts are developed anew. */
   mask?: string;
   /** Denoising steps. */
   steps?: number;
-  /** 1 is without guidance. */
+  /** Scale of classifier-free guidance; 1: no guidance. */
   guidanceScale?: number;
-  /** How much of the contrast that guidance adds is taken back, 0 to 1. */
+  /** How much of the contrast that guidance adds is taken back, from 0 to 1. */
   guidanceRescale?: number;
-  /** Where guidance begins and ends, as shares of the steps: [0.2, 0.8]. Other steps cost half. */
+  /** Where guidance begins and ends, as shares of the steps: [0.2, 0.8]. Steps outside cost half. */
   guidanceInterval?: readonly [start: number, end: number];
-  /** Its name, such as "ddim" or "euler". */
+  /** Name of the sampler, such as "ddim" or "euler". */
   sampler?: string;
-  /** Of the pictures. Absent: "image/png". */
+  /** Media type of the pictures. Absent: "image/png". */
   mediaType?: string;
-  /** Of the pictures, in place of `mediaType`: quality, or alignment and order of raw rows. */
+  /** Encoding of the pictures, instead of `mediaType`: with quality, or alignment and order of raw rows. */
   encoding?: MessageInitShape<typeof PixelEncodingSchema>;
-  /** Which previews to send; false: none. */
+  /** Which previews to send; false: no previews. */
   preview?: PreviewOptions | false;
   priority?: Priority;
-  /** The caller's own, returned by `client.get`. */
+  /** Labels of the caller's own, which `client.get` returns. */
   labels?: Record<string, string>;
   /** Which cached results may be used; see `CachePolicy` in the contract. */
   cache?: keyof typeof CACHE_MODES;
-  /** Least cosine similarity for "similar", above 0 and at most 1. */
+  /** Minimum cosine similarity for "similar", above 0 and at most 1. */
   minSimilarity?: number;
   /**
-   * What may be given up under load, such as `{ minNumSteps: 8 }`: steps, decoded previews, the very picture. The last event
-   * says what was. Not for Priority.INTERACTIVE.
+   * How far the server may lower the quality under load, such as `{ minNumSteps: 8 }`. The last event says what was lowered.
+   * Not for Priority.INTERACTIVE.
    */
   qualityFloor?: MessageInitShape<typeof QualityFloorSchema>;
-  /** Start from this step of an older generation. */
+  /** Starts from this step of an older generation instead of noise. */
   branch?: MessageInitShape<typeof BranchSchema>;
-  /** A UUID; equal requests with one id are one generation. Absent: a new one. */
+  /** A UUID. Equal requests with the same id become one generation. Absent: a new UUID. */
   requestId?: string;
 }
 
-/** The message of the preview options. */
+/** Converts the preview options to a message. */
 export function previewPolicy(preview: PreviewOptions | false | undefined): MessageInitShape<typeof PreviewPolicySchema> | undefined {
   if (preview === undefined) return undefined;
   if (preview === false) return { method: PreviewMethod.NONE };
@@ -102,9 +102,9 @@ export function previewPolicy(preview: PreviewOptions | false | undefined): Mess
 }
 
 /**
- * The message of `client.generate`'s options.
+ * Converts the options of `client.generate` to a message.
  *
- * @throws TypeError two options say the same thing. RangeError: a seed is a fraction.
+ * @throws TypeError if two options contradict each other, RangeError if a seed is not a whole number.
  */
 export function generateRequest(options: GenerateOptions): MessageInitShape<typeof GenerateRequestSchema> {
   if (options.seed !== undefined && options.seeds) throw new TypeError("seed: already said by seeds");

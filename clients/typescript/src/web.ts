@@ -6,15 +6,15 @@ import type { ClientOptions } from "./client.js";
 export * from "./index.js";
 
 export interface WebClientOptions extends ClientOptions {
-  /** In place of the global `fetch`. */
+  /** Used instead of the global `fetch`. */
   fetch?: typeof globalThis.fetch;
 }
 
 /** A client of a server, or of several replicas of one. Nothing is connected before the first call. */
 export class Client extends BaseClient {
   /**
-   * `targets`: "https://host:port", or "/" for the page's own server. Of several replicas, the next one is asked when one
-   * is lost, and goes on with each generation that was accepted as replicated.
+   * `targets`: "https://host:port", or "/" for the page's own server. With several replicas, if one fails, the client calls
+   * the next one, which continues each generation that was accepted as replicated.
    */
   constructor(targets: string | readonly string[], options: WebClientOptions = {}) {
     super(

@@ -1,4 +1,4 @@
-"""Clients of each compared server: ask for a picture and note when its pixels arrive. Run in the clients' process."""
+"""Clients of each compared server: request a picture and note when its pixels arrive. Run in the clients' process."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ def _whole(pixels: bytes) -> Seen:
 
 
 def asking(kind: str, address: str, num_steps: int) -> AbstractAsyncContextManager[Ask]:
-    """Connections to a server of a kind: "safelight", "litserve" or "diffusers"."""
+    """Connects to a server of a kind: "safelight", "litserve" or "diffusers"."""
     return {"safelight": _safelight, "litserve": _litserve, "diffusers": _diffusers}[kind](address, num_steps)
 
 
 async def capacity(kind: str, address: str, num_steps: int, num_clients: int, seconds: float) -> float:
-    """See `arrivals.capacity`."""
+    """`arrivals.capacity` of a server."""
     async with asking(kind, address, num_steps) as ask:
         return await arrivals.capacity(ask, num_clients, seconds)
 
 
 async def poisson(kind: str, address: str, num_steps: int, rate: float, seconds: float, seed: int) -> Latencies:
-    """See `arrivals.poisson`; the connection is up before the first request is due."""
+    """`arrivals.poisson` on a server; the connection is made before the first request is due."""
     async with asking(kind, address, num_steps) as ask:
         await ask(0)
         return await arrivals.poisson(ask, rate, seconds, seed)

@@ -1,8 +1,8 @@
 """A plain grpc.aio server around diffusers' StableDiffusionPipeline: one request after another, all cores for each.
 
-The classes and sizes are those of the shipped model (`training/networks.py`),
-the weights random, since the repository ships ONNX files only: the arithmetic
-costs the same, the pictures show nothing. One method takes and gives bytes:
+Classes and sizes are those of the shipped model (`training/networks.py`). The
+weights are random, since the repository has only ONNX files: the computation
+costs the same, but the pictures show nothing. Its one method maps bytes to bytes:
 JSON {"prompt", "seed", "num_steps"} -> raw RGB.
 """
 
@@ -28,7 +28,7 @@ GUIDANCE_SCALE = 3.0
 
 
 def build() -> StableDiffusionPipeline:
-    """The pipeline with random weights; its tokenizer knows the prompt of the benchmarks."""
+    """Makes the pipeline with random weights; its tokenizer knows the benchmarks' prompt."""
     networks.seed_everything(0)
     tokens = networks.tokenizer(RECIPE, [PROMPT])
     pipeline = StableDiffusionPipeline(
@@ -46,7 +46,7 @@ def build() -> StableDiffusionPipeline:
 
 
 def develop(pipeline: StableDiffusionPipeline, prompt: str, seed: int, num_steps: int) -> bytes:
-    """One picture at the settings of the embedded model."""
+    """Develops one picture with the settings of the shipped model."""
     image = pipeline(
         prompt,
         num_inference_steps=num_steps,
@@ -58,7 +58,7 @@ def develop(pipeline: StableDiffusionPipeline, prompt: str, seed: int, num_steps
 
 
 async def serve() -> None:
-    """Says its address, then serves until it is ended."""
+    """Prints its address, then serves until it is ended."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pipeline = build()
     develop(pipeline, PROMPT, 0, 2)
@@ -80,7 +80,7 @@ async def serve() -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     asyncio.run(serve())
 

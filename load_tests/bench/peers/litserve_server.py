@@ -1,7 +1,7 @@
 """The same ONNX sessions behind LitServe with request-level batching, as its documentation shows it.
 
-A request waits for a batch of whole pictures and gets its pixels when all of
-that batch are done: POST /predict {"prompt", "seed", "num_steps"} -> raw RGB.
+A request waits for a batch of whole pictures and gets its pixels when the whole
+batch is done: POST /predict {"prompt", "seed", "num_steps"} -> raw RGB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Icons(litserve.LitAPI):  # type: ignore[misc]  # LitServe has no types
         self._num_threads = num_threads
 
     def setup(self, device: str) -> None:
-        """Once in each worker."""
+        """Called once in each worker."""
         self._loop = BareLoop(catalogs.load(self._models).get(""), self._num_threads)
         self._loop.develop(["warm up"], [0], 1)
 
@@ -42,7 +42,7 @@ class Icons(litserve.LitAPI):  # type: ignore[misc]  # LitServe has no types
         return inputs
 
     def predict(self, requests: list[dict[str, Any]]) -> list[Pixels]:
-        """One batch from noise to pixels; all requests of this benchmark have the same steps."""
+        """Develops one batch; all requests of this benchmark have the same number of steps."""
         steps = {request["num_steps"] for request in requests}
         if len(steps) != 1:
             raise ValueError("requests of one batch differ in their steps")

@@ -20,19 +20,19 @@ from load_tests.ports import free_port
 STARTS_S = 300.0
 HEALTH_OK = 200
 SERVING = "serving "
-"""What a peer that chose its own port says before its address."""
+"""What a peer prints before the address that it listens on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer that is up. It stands still except where it is `awake`: idle it would take CPU from what is measured."""
+    """A running peer. It is stopped (SIGSTOP) except while `awake`, since an idle peer uses CPU, too."""
 
     address: str
     pid: int
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """Lets it run while the block runs."""
+        """Lets it run during the block."""
         os.killpg(self.pid, signal.SIGCONT)
         try:
             yield
@@ -41,12 +41,12 @@ class Peer:
 
 
 class PeerError(Exception):
-    """A peer did not start; the message has what it said."""
+    """A peer did not start; the message has its output."""
 
 
 @contextlib.contextmanager
 def litserve(models: Path, num_workers: int, num_threads: int) -> Iterator[Peer]:
-    """A LitServe server with that many workers of that many threads each."""
+    """Starts a LitServe server with so many workers, of so many threads each."""
     port = free_port()
     options = [
         "--port",
@@ -65,7 +65,7 @@ def litserve(models: Path, num_workers: int, num_threads: int) -> Iterator[Peer]
 
 @contextlib.contextmanager
 def diffusers() -> Iterator[Peer]:
-    """The plain server around diffusers."""
+    """Starts the plain server around diffusers."""
     with _program("load_tests.bench.peers.diffusers_server", []) as process:
         yield _paused(process, _address(process))
 
@@ -94,7 +94,7 @@ def _paused(process: subprocess.Popen[bytes], address: str) -> Peer:
 
 
 def _address(process: subprocess.Popen[bytes]) -> str:
-    """From the line that says so; libraries may write lines of their own before."""
+    """Reads the address that the peer prints; libraries may print other lines before."""
     if process.stdout is None:
         raise PeerError(f"{process.args!r} has no pipe")
     until = time.monotonic() + STARTS_S

@@ -17,16 +17,16 @@ class Error : public std::runtime_error {
 
   grpc::StatusCode code() const { return status_.error_code(); }
 
-  /// A stable name for programs, such as "QUEUE_FULL"; empty where the server sent none.
+  /// A stable name for programs, such as "QUEUE_FULL"; empty if the server sent none.
   const std::string& reason() const { return reason_; }
 
-  /// For an invalid request, what to change: the path of each field and a description.
+  /// What to change in an invalid request: a description by the path of each field.
   const std::map<std::string, std::string>& violations() const { return violations_; }
 
-  /// The time after which to retry; absent where the server named none.
+  /// The time after which to retry; absent if the server sent none.
   std::optional<std::chrono::nanoseconds> retry_after() const { return retry_after_; }
 
-  /// The status of gRPC, with its details as bytes.
+  /// The gRPC status, with its details as bytes.
   const grpc::Status& status() const { return status_; }
 
  private:

@@ -23,15 +23,15 @@ struct Image {
   std::string media_type;
   int width_px = 0;
   int height_px = 0;
-  int stride_bytes = 0;    ///< From one row to the next for raw pixels, else 0.
-  bool bottom_up = false;  ///< The first of the raw rows is the lowest one.
+  int stride_bytes = 0;    ///< Bytes from one row to the next for raw pixels, else 0.
+  bool bottom_up = false;  ///< Whether the first of the raw rows is the lowest one.
   std::string data;
 };
 
 /// How an output looks after `step` steps.
 struct Preview : Image {
   int step = 0;
-  int num_dropped = 0;  ///< Previews that were passed over since the one before, because the reader was not ready.
+  int num_dropped = 0;  ///< Previews that were skipped since the previous one, because the reader was slow.
   v1::PreviewMethod method = v1::PREVIEW_METHOD_UNSPECIFIED;
 };
 

@@ -1,4 +1,4 @@
-// The runner of the Go client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
+// The runner of the Go client: reads cases, runs them, and prints the outcomes, a JSON object a line each.
 //
 // See clients/CONFORMANCE.md.
 package main
@@ -157,7 +157,7 @@ func tlsConfig(given conformanceCase) *tls.Config {
 	return config
 }
 
-// upload sends the picture in a file and says its name.
+// upload uploads the picture in a file and returns its name.
 func upload(ctx context.Context, client *safelight.Client, file string) string {
 	data, err := os.ReadFile(file)
 	check(err)
@@ -235,7 +235,7 @@ func generate(client *safelight.Client, given conformanceCase, request *pb.Gener
 	return seen
 }
 
-// watchAgain is what a second screen sees, and what the server says of the generation and of its models.
+// watchAgain watches a generation again and returns the events, and what the server reports about it and its models.
 func watchAgain(ctx context.Context, client *safelight.Client, name string) *watched {
 	again := &watched{}
 	sums := map[int]string{}
@@ -281,7 +281,7 @@ func (seen *generation) fail(err error) {
 	}
 }
 
-// codeName is the name of the specification, "RESOURCE_EXHAUSTED", where Go says ResourceExhausted.
+// codeName is the name of a code in gRPC's specification, such as "RESOURCE_EXHAUSTED"; Go says ResourceExhausted.
 func codeName(code codes.Code) string {
 	if code == codes.Canceled {
 		return "CANCELLED"

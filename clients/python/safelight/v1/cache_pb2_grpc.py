@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class CacheServiceStub:
-    """Looks after the caches. Every call needs an administrator's key; others get PERMISSION_DENIED, reason ADMIN_ONLY.
-    A server on loopback that asks for no keys allows everyone.
+    """Reads the statistics of the caches and purges them. Every call needs an administrator's key; calls with any other key
+    get PERMISSION_DENIED, reason ADMIN_ONLY. A server that listens on loopback only and asks for no keys allows everyone.
     """
 
     def __init__(self, channel):
@@ -49,19 +49,20 @@ class CacheServiceStub:
 
 
 class CacheServiceServicer:
-    """Looks after the caches. Every call needs an administrator's key; others get PERMISSION_DENIED, reason ADMIN_ONLY.
-    A server on loopback that asks for no keys allows everyone.
+    """Reads the statistics of the caches and purges them. Every call needs an administrator's key; calls with any other key
+    get PERMISSION_DENIED, reason ADMIN_ONLY. A server that listens on loopback only and asks for no keys allows everyone.
     """
 
     def GetCacheStats(self, request, context):
-        """Returns what the caches of this replica have done since it was started.
+        """Returns the statistics of this replica's caches since it was started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PurgeCache(self, request, context):
-        """Deletes entries from all tiers and tells the other replicas. What is being computed meanwhile may stay.
+        """Deletes entries from all tiers and notifies the other replicas, which clear their own tiers. A result that is being
+        computed or stored during the purge may stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,8 +90,8 @@ def add_CacheServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CacheService:
-    """Looks after the caches. Every call needs an administrator's key; others get PERMISSION_DENIED, reason ADMIN_ONLY.
-    A server on loopback that asks for no keys allows everyone.
+    """Reads the statistics of the caches and purges them. Every call needs an administrator's key; calls with any other key
+    get PERMISSION_DENIED, reason ADMIN_ONLY. A server that listens on loopback only and asks for no keys allows everyone.
     """
 
     @staticmethod

@@ -67,18 +67,19 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Starts a generation and watches it: previews from the first denoising step
-        on, then the finished pictures, then `Finished`. After `Finished` the call
-        ends with the same status. Do not wait for a preview: where a picture takes
-        one step, or is there already, none comes before it.
+        """Starts a generation and streams its events: previews from the first denoising
+        step on, then the finished pictures, then `Finished`. After `Finished` the
+        call ends with the same status. A client must not rely on a preview: a picture
+        that takes one step, or that is in the cache, comes without any.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchGeneration(self, request, context):
-        """Watches a generation that exists: resumes a lost stream or opens a second
-        screen. A finished generation is replayed as long as the server keeps it.
+        """Streams the events of an existing generation: to resume a lost stream, or to
+        watch it from a second client. A finished generation is replayed as long as
+        the server keeps it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,15 +94,15 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelGeneration(self, request, context):
-        """Stops a generation: none of its outputs is in any later batch. Cancelling
-        one that has ended changes nothing and returns it as it is.
+        """Stops a generation: none of its outputs is in any later batch. For a
+        generation that has ended, nothing changes, and the call returns it as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetGeneration(self, request, context):
-        """Returns what is known of a generation.
+        """Returns the present state of a generation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

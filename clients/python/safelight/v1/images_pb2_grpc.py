@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ImageServiceStub:
-    """Keeps pictures for a while. A picture is known by the SHA-256 of its file, so
-    that it is sent once, and only to the tenant that has sent it.
+    """Keeps uploaded pictures for a while. A picture is named by the SHA-256 of its
+    file, so it needs to be sent only once. Only the tenant that sent it can use it.
     """
 
     def __init__(self, channel):
@@ -49,21 +49,23 @@ class ImageServiceStub:
 
 
 class ImageServiceServicer:
-    """Keeps pictures for a while. A picture is known by the SHA-256 of its file, so
-    that it is sent once, and only to the tenant that has sent it.
+    """Keeps uploaded pictures for a while. A picture is named by the SHA-256 of its
+    file, so it needs to be sent only once. Only the tenant that sent it can use it.
     """
 
     def UploadImage(self, request_iterator, context):
-        """Sends a picture: PNG, JPEG or WebP, no animation. Sending it again keeps it
-        longer. A picture that cannot be used is INVALID_ARGUMENT, which says why.
+        """Uploads a picture: PNG, JPEG or WebP, without animation. Uploading it again
+        extends its expiry. A picture that the server cannot use is refused with
+        INVALID_ARGUMENT and the reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetImage(self, request, context):
-        """Returns a picture that is kept; NOT_FOUND where there is none of this name or
-        it is another tenant's. It tells a client whether it has to send it.
+        """Describes an uploaded picture, so that a client can see whether it has to
+        upload it. NOT_FOUND if there is no picture of this name, or if it belongs to
+        another tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,8 +93,8 @@ def add_ImageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ImageService:
-    """Keeps pictures for a while. A picture is known by the SHA-256 of its file, so
-    that it is sent once, and only to the tenant that has sent it.
+    """Keeps uploaded pictures for a while. A picture is named by the SHA-256 of its
+    file, so it needs to be sent only once. Only the tenant that sent it can use it.
     """
 
     @staticmethod

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class QuotaServiceStub:
-    """Shows the quotas of tenants. Every call needs an administrator's key; others get PERMISSION_DENIED, reason ADMIN_ONLY.
-    A server on loopback that asks for no keys allows everyone.
+    """Shows the quotas of tenants. Every call needs an administrator's key; calls with any other key get PERMISSION_DENIED,
+    reason ADMIN_ONLY. A server that listens on loopback only and asks for no keys allows everyone.
     """
 
     def __init__(self, channel):
@@ -44,8 +44,8 @@ class QuotaServiceStub:
 
 
 class QuotaServiceServicer:
-    """Shows the quotas of tenants. Every call needs an administrator's key; others get PERMISSION_DENIED, reason ADMIN_ONLY.
-    A server on loopback that asks for no keys allows everyone.
+    """Shows the quotas of tenants. Every call needs an administrator's key; calls with any other key get PERMISSION_DENIED,
+    reason ADMIN_ONLY. A server that listens on loopback only and asks for no keys allows everyone.
     """
 
     def ListQuotas(self, request, context):
@@ -73,8 +73,8 @@ def add_QuotaServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class QuotaService:
-    """Shows the quotas of tenants. Every call needs an administrator's key; others get PERMISSION_DENIED, reason ADMIN_ONLY.
-    A server on loopback that asks for no keys allows everyone.
+    """Shows the quotas of tenants. Every call needs an administrator's key; calls with any other key get PERMISSION_DENIED,
+    reason ADMIN_ONLY. A server that listens on loopback only and asks for no keys allows everyone.
     """
 
     @staticmethod

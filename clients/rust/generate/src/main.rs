@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .build_server(false)
         .build_transport(false)
-        .bytes(".") // previews are not copied out of the buffer they came in
+        .bytes(".") // as `Bytes`, so that previews are not copied out of the receive buffer
         .extern_path(".google.rpc", "::tonic_types")
         .out_dir(directory)
         .compile_fds(FileDescriptorSet::decode(

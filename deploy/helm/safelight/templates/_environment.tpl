@@ -1,4 +1,4 @@
-{{/* The server's settings: docs/operations/settings.md. */}}
+{{/* Environment variables with the server's settings (docs/operations/settings.md). */}}
 {{- define "safelight.environment" -}}
 {{- $v := .Values -}}
 - {name: SAFELIGHT_HOST, value: 0.0.0.0}
@@ -15,7 +15,7 @@
 - {name: SAFELIGHT_TRITON_SHARED_MEMORY, value: "on"}
 - {name: SAFELIGHT_TRITON_INSTANCES, value: {{ $v.triton.calls | quote }}}
 {{- else }}
-# Calls at once: as many as it has cores of its own, not as many as the node has.
+# One instance for each core that the container requests. By default it would be one for each core of the node.
 - name: SAFELIGHT_NUM_INSTANCES
   valueFrom: {resourceFieldRef: {containerName: gateway, resource: requests.cpu, divisor: "1"}}
 {{- end }}

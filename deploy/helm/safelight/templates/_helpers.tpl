@@ -14,19 +14,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
-{{/* An image, pinned: a tag could be another image tomorrow. */}}
+{{/* An image pinned by its digest: a tag could be moved to another image. */}}
 {{- define "safelight.image" -}}
 {{ .repository }}@{{ .digest }}
 {{- end }}
 
-{{/* What Pod Security "restricted" asks of a container, and a root file system that nothing writes to. */}}
+{{/* What Pod Security "restricted" demands of a container, and a read-only root file system. */}}
 {{- define "safelight.containerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* The user of both images: both containers of a pod open each other's shared memory. */}}
+{{/* Gateway and Triton run as the same user, since each opens the shared memory of the other. */}}
 {{- define "safelight.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
@@ -36,7 +36,7 @@ fsGroupChangePolicy: OnRootMismatch
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
-{{/* What a schema cannot say: values that need one another. */}}
+{{/* Refuses values that contradict each other, which the schema cannot express. */}}
 {{- define "safelight.check" -}}
 {{- $v := .Values }}
 {{- if and (not $v.insecure) (or (not $v.tls.secret) (not $v.apiKeys.secret)) }}
@@ -81,12 +81,12 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 {{- end }}
 
-{{/* The label of the pods that the service sends calls to, where the activator is one of them. */}}
+{{/* The label of the pods to which the service sends calls: the replicas and the activator. */}}
 {{- define "safelight.entry" -}}
 safelight/entry: {{ include "safelight.name" . }}
 {{- end }}
 
-{{/* Labels of what runs beside the replicas and is none: given (list . "scaler"). */}}
+{{/* Selector labels of a component that is not a replica. Call it with a list: (list . "scaler") or (list . "activator"). */}}
 {{- define "safelight.besideSelector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ $root.Chart.Name }}-{{ index . 1 }}
@@ -101,7 +101,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end }}
 
-{{/* Of its pods: no token, no rights, on different nodes. They need no GPU, so the replicas' nodeSelector is not theirs. */}}
+{{/* Pod spec of such a component: no token, no rights, on different nodes. It needs no GPU, so it has a nodeSelector of its own. */}}
 {{- define "safelight.besidePod" -}}
 {{- $root := index . 0 -}}
 {{- $v := $root.Values -}}
@@ -123,7 +123,7 @@ topologySpreadConstraints:
       matchLabels: {{- include "safelight.besideSelector" . | nindent 8 }}
 {{- end }}
 
-{{/* The port of a URL. */}}
+{{/* The port of a URL; the scheme's default if it names none. */}}
 {{- define "safelight.portOf" -}}
 {{- $host := (urlParse .).host -}}
 {{- if regexMatch ":[0-9]+$" $host }}{{ regexFind "[0-9]+$" $host }}{{ else if hasPrefix "https:" . }}443{{ else }}80{{ end }}

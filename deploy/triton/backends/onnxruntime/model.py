@@ -1,17 +1,17 @@
-"""Triton's `onnxruntime` backend on Python: what serves the repository where NVIDIA's own backend is not to be had.
+"""Triton's `onnxruntime` backend in Python: it serves the model repository where NVIDIA's own backend is not available.
 
 It takes the config.pbtxt that NVIDIA's backend takes (intra_op_thread_count,
 inter_op_thread_count, execution_mode, optimization.graph.level, output
 selection, reshape by Triton's core) and runs on the CPU. Sessions are made as
 `safelight_server.runtime.onnx` makes them, so that both give the same bits
 (`tests/triton/test_backend.py`). The requests of a batch are one session call;
-one that fails is run request by request, so that a bad one fails alone.
+if it fails, each request is run by itself, so that only a bad one fails.
 
-Triton gives up a call when its stub shows no sign of life for a second (it was
-frozen, or got no processor), but takes what the stub answers later for the
-answer to the next call. So a stub whose call was given up ends instead.
+Triton abandons a call when its stub does not respond for a second (it was
+frozen, or got no CPU time), but takes the stub's late answer for the
+answer to the next call. So a stub whose call was abandoned ends its process.
 
-Runs in Triton's Python stub: no import from this project.
+It runs in Triton's Python stub and imports nothing from this project.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LEVELS = {
     1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-"""Of optimization.graph.level, as NVIDIA's backend reads it."""
+"""Meaning of optimization.graph.level, as in NVIDIA's backend."""
 MODES = {"0": onnxruntime.ExecutionMode.ORT_SEQUENTIAL, "1": onnxruntime.ExecutionMode.ORT_PARALLEL}
 _TRANSIENT = (ort.RuntimeException, ort.Fail, ort.EngineError, ort.EPFail)
 _PERMANENT = (ValueError, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented)
@@ -48,10 +48,10 @@ Tensors = dict[str, np.ndarray]
 
 
 class TritonPythonModel:
-    """One instance: one session in one process of its own."""
+    """One model instance: an ONNX Runtime session in its own process. Triton calls its methods."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads the model and runs one row, so that the first request finds it warm.
+        """Loads the model and runs one row of zeros, so that the first request is not slower than the others.
 
         Raises:
             TritonModelException: the configuration or the model cannot be used.
@@ -69,8 +69,8 @@ class TritonPythonModel:
         self._messages = Messages(*_shared_memory())
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response for each request, in their order; cancelled ones are not computed."""
-        self._messages.end_if_given_up()  # before Triton is asked about requests that it has forgotten
+        """Returns one response for each request, in their order; cancelled requests are not computed."""
+        self._messages.end_if_given_up()  # first, since Triton has forgotten the requests of an abandoned call
         live = [request for request in requests if not request.is_cancelled()]
         answers = iter(self._answers(live))
         responses = [next(answers) if request in live else _cancelled() for request in requests]
@@ -78,7 +78,7 @@ class TritonPythonModel:
         return responses
 
     def finalize(self) -> None:
-        """Lets the session go."""
+        """Frees the session."""
         del self._session
 
     def _answers(self, requests: list[Any]) -> list[Any]:
@@ -106,18 +106,18 @@ class TritonPythonModel:
 
 
 class Messages:
-    """Triton's messages to this stub: a ring in shared memory.
+    """Reads the ring buffer in shared memory by which Triton sends messages to this stub.
 
     Its layout is that of IPCControlShm and MessageQueueShm in python_backend r24.10.
 
-    Invariant: after a call Triton sends nothing before its answer, unless it gives the call up.
+    Invariant: after it has sent a call, Triton sends nothing before the answer, unless it has abandoned the call.
 
     Args:
-        region: name of the shared memory.
-        control: where in it IPCControlShm is.
+        region: name of the shared memory region.
+        control: offset of IPCControlShm in the region, in bytes.
 
     Raises:
-        TritonModelException: the ring is not there: this is another Triton than the one that the backend knows.
+        TritonModelException: there is no such ring buffer: this version of Triton has another memory layout.
     """
 
     OWNER_BYTES, QUEUE_AT, LENGTH_AT, ENDS_AT = 16, 88, 104, 120
@@ -134,12 +134,12 @@ class Messages:
 
     @property
     def waiting(self) -> bool:
-        """Whether there are messages that the stub has not taken."""
+        """Whether there are messages that the stub has not read."""
         head, tail = struct.unpack_from("ii", self._memory, self._at + self.ENDS_AT)
         return bool(head != tail)
 
     def end_if_given_up(self) -> None:
-        """Ends the process, and with it the server, when Triton no longer waits for the call that is being answered."""
+        """Ends the process, and with it the server, if Triton no longer waits for the call that is being answered."""
         if self.waiting:
             print("onnxruntime: Triton has given up a call: ending its stub", file=sys.stderr, flush=True)
             os._exit(1)
@@ -160,20 +160,20 @@ def options(config: dict[str, Any]) -> onnxruntime.SessionOptions:
 
 
 def _shared_memory() -> tuple[str, int]:
-    """The stub's region and the place of IPCControlShm in it: arguments of its command line."""
+    """The stub's shared memory region and the offset of IPCControlShm in it, from the stub's command line."""
     words = Path("/proc/self/cmdline").read_text().split("\0")
     return words[2], int(words[7])
 
 
 def _zeros(tensor: dict[str, Any]) -> np.ndarray:
-    """One row of an input as the session takes it; open dimensions become 1."""
+    """One row of zeros for an input of the session; a dimension of variable size becomes 1."""
     reshape = tensor.get("reshape")
     dims = tensor["dims"] if reshape is None else reshape["shape"]
     return np.zeros((1, *(max(1, int(dim)) for dim in dims)), triton.triton_string_to_numpy(tensor["data_type"]))
 
 
 def _responses(results: Tensors, feeds: list[Tensors], wanted: list[set[str]]) -> list[Any]:
-    """Cuts the rows of each request out of the results of the joined call."""
+    """Makes a response for each request from its rows of the joint call's results."""
     answers, first = [], 0
     for feed, names in zip(feeds, wanted, strict=True):
         last = first + len(next(iter(feed.values())))
@@ -189,5 +189,5 @@ def _failed(error: Exception) -> Any:
 
 
 def _cancelled() -> Any:
-    """A new error for each response: Triton frees it with the response."""
+    """A new error for each response, since Triton frees it with the response."""
     return triton.InferenceResponse(error=triton.TritonError("cancelled by the client", triton.TritonError.CANCELLED))

@@ -18,11 +18,11 @@ import java.util.stream.StreamSupport;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The events of one generation, to be read once: in a loop, as a stream, by a subscriber, or as the pictures alone.
+ * The events of one generation. They can be read once: in a loop, as a stream, by a subscriber, or only the pictures.
  *
- * <p>The server is asked when reading begins. A reader that is slow gets fewer and newer previews: they wait at the
- * server, of which at most 64 KiB are under way. Closing it before its end lets the server know that nobody watches:
- * the generation is suspended, and cancelled after the grace of its disconnect policy.
+ * <p>The request is sent when reading begins. A slow reader gets fewer and newer previews: they wait at the server, and
+ * at most 64 KiB are in transit. Closing it before its end tells the server that nobody watches: the generation is
+ * suspended, and cancelled after the grace period of its disconnect policy.
  */
 public final class Development implements Iterable<Event>, Flow.Publisher<Event>, AutoCloseable {
     private static final Runnable UNREAD = () -> {};
@@ -35,7 +35,7 @@ public final class Development implements Iterable<Event>, Flow.Publisher<Event>
     }
 
     /**
-     * Gives the events to a subscriber, as it asks for them, on threads of gRPC. An error is a
+     * Gives the events to a subscriber, as it requests them, on gRPC's threads. An error is a
      * {@link SafelightException}.
      */
     @Override
@@ -51,8 +51,8 @@ public final class Development implements Iterable<Event>, Flow.Publisher<Event>
     }
 
     /**
-     * Blocks in {@code hasNext} until the next event. Both methods throw a {@link SafelightException} where the
-     * generation fails. Close this after leaving the loop before its end, best with {@code try (...)}.
+     * Blocks in {@code hasNext} until the next event. Both methods throw a {@link SafelightException} if the
+     * generation fails. Close this if you leave the loop before its end, best with {@code try (...)}.
      *
      * @throws IllegalStateException if it was read or closed before
      */
@@ -77,19 +77,19 @@ public final class Development implements Iterable<Event>, Flow.Publisher<Event>
     }
 
     /**
-     * All pictures, in the order of the outputs. The future fails with a {@link SafelightException}; cancelling it
+     * Receives all pictures, in the order of the outputs. The future fails with a {@link SafelightException}; cancelling it
      * closes this.
      *
-     * @return the pictures, when the last one is there
+     * @return the pictures, completed after the last one was received
      */
     public CompletableFuture<List<Event.Picture>> pictures() {
         return collect(Function.identity());
     }
 
     /**
-     * The picture of the first output. The future fails with a {@link SafelightException}; cancelling it closes this.
+     * Receives all pictures. The future fails with a {@link SafelightException}; cancelling it closes this.
      *
-     * @return the picture, when all of the generation are there
+     * @return the picture of the first output, completed after the last picture was received
      */
     public CompletableFuture<Event.Picture> picture() {
         return collect(pictures -> pictures.get(0));
@@ -108,7 +108,7 @@ public final class Development implements Iterable<Event>, Flow.Publisher<Event>
         return future;
     }
 
-    /** Ends the stream; a loop that reads it ends, a future is cancelled, a subscriber hears nothing more. */
+    /** Ends the stream: a loop that reads it ends, a future is cancelled, a subscriber gets no further calls. */
     @Override
     public void close() {
         Runnable ending = closing.getAndSet(() -> {});
@@ -198,7 +198,7 @@ public final class Development implements Iterable<Event>, Flow.Publisher<Event>
                 next = await();
             }
             if (next.failure() instanceof RuntimeException failure) {
-                failure.fillInStackTrace(); // that of the reader, not of a thread of gRPC
+                failure.fillInStackTrace(); // the reader's stack trace, not that of a gRPC thread
                 throw failure;
             }
             return next.event() != null;

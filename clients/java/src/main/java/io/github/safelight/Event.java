@@ -3,7 +3,7 @@ package io.github.safelight;
 import com.google.protobuf.ByteString;
 
 /**
- * What happened to a generation. {@link Accepted} comes first, then {@link Progress}, {@link Preview} and
+ * Something that happened to a generation. {@link Accepted} comes first, then {@link Progress}, {@link Preview} and
  * {@link Picture} as they come, {@link Finished} last.
  */
 public sealed interface Event {
@@ -19,7 +19,7 @@ public sealed interface Event {
     /**
      * An output has made a denoising step.
      *
-     * @param outputIndex which output, by its place in the spec
+     * @param outputIndex index of the output in the spec, from 0
      * @param step steps made, from 1
      * @param numSteps steps in all
      * @param message the whole message: the batch's size, the expected time that is left
@@ -29,7 +29,7 @@ public sealed interface Event {
 
     /** Encoded pixels: a preview or a picture. {@link Images#decode} makes a {@code BufferedImage} of it. */
     sealed interface Image extends Event {
-        /** {@return which output, by its place in the spec} */
+        /** {@return index of the output in the spec, from 0} */
         int outputIndex();
 
         /** {@return the encoding of the data, such as {@code "image/png"}} */
@@ -54,14 +54,14 @@ public sealed interface Event {
     /**
      * How an output looks after a step.
      *
-     * @param outputIndex which output, by its place in the spec
+     * @param outputIndex index of the output in the spec, from 0
      * @param step the step it shows, from 1
      * @param mediaType the encoding of the data
      * @param widthPx the width in pixels
      * @param heightPx the height in pixels
      * @param strideBytes bytes from one row to the next for raw pixels, else 0
      * @param bottomUp whether the first row of raw pixels is the bottom one
-     * @param numDropped previews that were passed over since the one before, because the reader was slow
+     * @param numDropped previews that were skipped since the previous one, because the reader was slow
      * @param data the encoded pixels
      */
     record Preview(
@@ -72,7 +72,7 @@ public sealed interface Event {
     /**
      * A finished picture. Its SHA-256 has been checked.
      *
-     * @param outputIndex which output, by its place in the spec
+     * @param outputIndex index of the output in the spec, from 0
      * @param mediaType the encoding of the data
      * @param widthPx the width in pixels
      * @param heightPx the height in pixels
@@ -90,7 +90,7 @@ public sealed interface Event {
      * The generation has succeeded.
      *
      * @param generation its name
-     * @param message the whole message: what was used, where the time went, where each picture came from
+     * @param message the whole message: usage, timings, and where each picture came from
      */
     record Finished(String generation, io.github.safelight.v1.Finished message) implements Event {}
 }

@@ -23,14 +23,14 @@ import java.util.function.Function;
 import org.jspecify.annotations.Nullable;
 
 /**
- * Follows one generation over as many connections as it takes, and gives its events to a subscriber as it asks for them.
+ * Follows one generation over as many connections as necessary, and gives a subscriber the events that it requests.
  *
- * <p>A message is asked of gRPC only while the subscriber wants an event, so that at most one window of bytes waits
- * here. Connections follow one another, so what a connection's callbacks do is in order; only {@link #request} and
- * {@link #cancel} come from elsewhere.
+ * <p>A message is requested from gRPC only while the subscriber has requested an event, so that at most one window of
+ * bytes waits here. There is one connection at a time, so its callbacks run in order; only {@link #request} and
+ * {@link #cancel} are called from other threads.
  */
 final class EventSubscription implements Flow.Subscription {
-    /** While no event was received: whoever asks where no server is learns it soon. */
+    /** While no event was received, so that a wrong address fails soon. */
     private static final Duration FIRST_PATIENCE = Duration.ofSeconds(5);
 
     private static final Duration FIRST_WAIT = Duration.ofMillis(100);
@@ -39,13 +39,13 @@ final class EventSubscription implements Flow.Subscription {
     /** After these reasons the same generation can be resumed; "" is a lost connection. */
     private static final Set<String> RESUMABLE = Set.of("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL");
 
-    /** After these the same call can succeed at another replica. */
+    /** After these reasons the same call can succeed at another replica. */
     private static final Set<String> ELSEWHERE = Set.of("DRAINING", "UNAVAILABLE");
 
-    /** Reason of a server that takes no more. */
+    /** Reason of a server that accepts no new requests. */
     private static final String DRAINING = "DRAINING";
 
-    /** How long and how often a client asks again. */
+    /** How long and how often a client retries. */
     record Persistence(Duration patience, int retries) {}
 
     private final Servers servers;
@@ -56,7 +56,7 @@ final class EventSubscription implements Flow.Subscription {
     private final Flow.Subscriber<? super Event> subscriber;
     private final Context context = Context.current();
 
-    // Of the callbacks of connections, which follow one another.
+    // Used by the callbacks of connections only, which run one after the other.
     private int asked;
     private int tries;
     private int refusals;
@@ -72,7 +72,7 @@ final class EventSubscription implements Flow.Subscription {
     private @Nullable ClientCall<?, ?> call;
     private @Nullable Channel server;
 
-    /** @param request null: only watches the generation that {@code received} names */
+    /** @param request null: watches the generation that {@code received} names */
     EventSubscription(
             Servers servers, Persistence persistence, @Nullable GenerateRequest request, Received received,
             @Nullable Duration timeout, Flow.Subscriber<? super Event> subscriber) {
@@ -96,14 +96,14 @@ final class EventSubscription implements Flow.Subscription {
             }
             demand = demand + n < 0 ? Long.MAX_VALUE : demand + n;
             if (fault != null && call != null) {
-                call.cancel(fault.getMessage(), null); // its end tells the subscriber, in order with the events
+                call.cancel(fault.getMessage(), null); // its end notifies the subscriber, after the events before it
                 return;
             }
         }
         pull();
     }
 
-    /** Ends the stream. The server suspends a generation whose last stream was closed, then cancels it. */
+    /** Ends the stream. If it was the last one, the server suspends the generation and cancels it after its grace period. */
     @Override
     public void cancel() {
         synchronized (this) {
@@ -114,7 +114,7 @@ final class EventSubscription implements Flow.Subscription {
         }
     }
 
-    /** Asks the server for the generation, or goes on with it where it has a name. */
+    /** Starts the generation, or resumes it if it has a name already. */
     void open() {
         if (received.name().isEmpty() && request != null) {
             open(GenerationServiceGrpc.getGenerateMethod(), request, GenerateResponse::getEvent);
@@ -155,7 +155,7 @@ final class EventSubscription implements Flow.Subscription {
         end(fault);
     }
 
-    /** Asks for the next message if the subscriber waits for an event. */
+    /** Requests the next message if the subscriber has requested an event. */
     private synchronized void pull() {
         if (!ended && call != null && demand > 0 && !awaiting) {
             awaiting = true;
@@ -212,7 +212,7 @@ final class EventSubscription implements Flow.Subscription {
         }
     }
 
-    /** Goes on at this server or the next one after a time, or ends with the failure. */
+    /** Retries at this server or the next one after a pause, or ends with the failure. */
     private void askAgain(SafelightException failure) {
         long now = System.nanoTime();
         if (received.numEvents() > numEvents) {
@@ -244,7 +244,7 @@ final class EventSubscription implements Flow.Subscription {
             if (refusals == 0) {
                 giveUpAt = now + persistence.patience().toNanos();
             }
-            wait = scaled(failure.getRetryAfter(), 1, 1.2); // not all at the same moment
+            wait = scaled(failure.getRetryAfter(), 1, 1.2); // clients must not all retry at the same moment
             refusals++;
         } else {
             end(failure);
@@ -259,7 +259,7 @@ final class EventSubscription implements Flow.Subscription {
         if (movable && !failure.getReason().equals("WATCHER_STALLED")) {
             asked = servers.next(asked);
         }
-        // On the timer's own thread, which starts the call and nothing of the caller's: a pool may be full of readers.
+        // On the timer's own thread, since it only starts a call; a pool may be full of blocked readers.
         CompletableFuture.delayedExecutor(Math.min(wait, left), TimeUnit.NANOSECONDS, Runnable::run)
                 .execute(this::open);
     }
@@ -268,13 +268,13 @@ final class EventSubscription implements Flow.Subscription {
         return server;
     }
 
-    /** Whether asking again can go on with the same generation; {@code movable}: another server can go on with it. */
+    /** Whether the same generation can be resumed; {@code movable}: another server can continue it. */
     private static boolean isResumable(SafelightException failure, boolean movable) {
         return failure.getCode() == Status.Code.UNAVAILABLE
                 && (RESUMABLE.contains(failure.getReason()) || movable && ELSEWHERE.contains(failure.getReason()));
     }
 
-    /** Whether the server has said when to ask again, and nothing has started. */
+    /** Whether the server has said when to retry, and nothing has started. */
     private boolean isRefusedForNow(SafelightException failure) {
         return failure.getRetryAfter() != null
                 && (failure.getCode() == Status.Code.RESOURCE_EXHAUSTED || received.name().isEmpty());

@@ -6,7 +6,7 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import javax.imageio.ImageIO;
 
-/** Makes images of AWT of previews and pictures. Apart, as not every runtime has {@code java.desktop}. */
+/** Converts previews and pictures to AWT images. A separate class, since not every runtime has {@code java.desktop}. */
 public final class Images {
     private Images() {}
 

@@ -17,7 +17,7 @@ import java.util.List;
 import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
-/** How far a generation was received, over all connections. Used by one thread at a time. */
+/** What was received of a generation so far, over all connections. Used by one thread at a time. */
 final class Received {
     static final String RAW = "application/x-raw-rgba8";
 
@@ -32,7 +32,7 @@ final class Received {
     private boolean finished;
     private int numEvents;
 
-    /** Nothing was received. An empty {@code name}: it has not been accepted yet. */
+    /** Nothing was received yet. {@code name} is empty if the generation has not been accepted. */
     Received(String name, @Nullable PreviewPolicy preview) {
         this.name = name;
         this.preview = preview;
@@ -57,12 +57,12 @@ final class Received {
         return finished;
     }
 
-    /** Whether another replica can go on with it. */
+    /** Whether another replica can continue it. */
     boolean isDurable() {
         return durable;
     }
 
-    /** The request that goes on where the last connection ended. */
+    /** The request that continues where the last connection ended. */
     WatchGenerationRequest watch() {
         var request = WatchGenerationRequest.newBuilder().setName(name).setAfterSequence(sequence);
         if (preview != null) {
@@ -74,7 +74,7 @@ final class Received {
     }
 
     /**
-     * What a message means to the caller; null for a piece of a picture and for what is of the protocol alone.
+     * The event that a message is for the caller; null for a piece of a picture and for details of the protocol.
      *
      * @throws SafelightException DATA_LOSS: a picture arrived damaged
      */

@@ -39,10 +39,10 @@ import org.jspecify.annotations.Nullable;
 /**
  * A connection to a server, or to several replicas of one. It is safe for use by several threads.
  *
- * <p>Its methods throw a {@link SafelightException} where the server refuses a call or cannot be reached.
+ * <p>Its methods throw a {@link SafelightException} if the server refuses a call or cannot be reached.
  */
 public final class SafelightClient implements AutoCloseable {
-    /** Previews wait at the server, where the newest one replaces the others, and not here. */
+    /** The flow-control window. It is small, so that previews wait at the server, where newer ones replace older ones. */
     private static final int WINDOW_BYTES = 64 << 10;
 
     private static final int CONNECT_TIMEOUT_MS = 5_000;
@@ -56,7 +56,7 @@ public final class SafelightClient implements AutoCloseable {
     }
 
     /**
-     * Makes a client without TLS and keys.
+     * Makes a client without TLS and without an API key.
      *
      * @param target see {@link #builder}
      * @return the client; nothing is connected before the first call
@@ -67,17 +67,17 @@ public final class SafelightClient implements AutoCloseable {
     }
 
     /**
-     * Begins a client.
+     * Starts building a client.
      *
-     * @param target {@code "host:port"}. Several replicas are separated by commas: when one is lost, the next one is
-     *     asked, and goes on with each generation that was accepted as replicated
-     * @return what takes the other arguments
+     * @param target {@code "host:port"}. Several replicas are separated by commas: if one fails, the client calls the
+     *     next one, which continues each generation that was accepted as replicated
+     * @return a builder for the other arguments
      */
     public static Builder builder(String target) {
         return new Builder(target);
     }
 
-    /** {@return the development of a prompt, with the default model and a random seed} */
+    /** {@return the events of a generation of the prompt, with the default model and a random seed} */
     public Development generate(String prompt) {
         return generate(GenerateRequest.newBuilder()
                 .setSpec(GenerationSpec.newBuilder().setPrompt(prompt))
@@ -85,20 +85,20 @@ public final class SafelightClient implements AutoCloseable {
     }
 
     /**
-     * Develops one or more pictures. A request without a request id gets one, so that it can be sent again without
+     * Requests one or more pictures. A request without a request id gets one, so that it can be sent again without
      * running twice.
      *
-     * @return its events; the server is asked when they are read
+     * @return its events; the request is sent when reading begins
      */
     public Development generate(GenerateRequest request) {
         return generate(request, null);
     }
 
     /**
-     * Develops one or more pictures within a time.
+     * Requests one or more pictures, with a deadline.
      *
-     * @param timeout from the moment when reading begins, over all connections; null: none
-     * @return its events; the server is asked when they are read
+     * @param timeout the time from the start of reading, over all connections; null: no deadline
+     * @return its events; the request is sent when reading begins
      */
     public Development generate(GenerateRequest request, @Nullable Duration timeout) {
         GenerateRequest sent = request.getRequestId().isEmpty()
@@ -110,28 +110,28 @@ public final class SafelightClient implements AutoCloseable {
     }
 
     /**
-     * Watches a generation that exists, from its first event on.
+     * Watches an existing generation, from its first event on.
      *
      * @param generation its name, {@code "generations/ID"}
-     * @return its events; the server is asked when they are read
+     * @return its events; the request is sent when reading begins
      */
     public Development watch(String generation) {
         return watch(generation, null);
     }
 
     /**
-     * Watches a generation that exists, from its first event on.
+     * Watches an existing generation, from its first event on.
      *
      * @param generation its name, {@code "generations/ID"}
      * @param preview which previews to send; null: the server's default
-     * @return its events; the server is asked when they are read
+     * @return its events; the request is sent when reading begins
      */
     public Development watch(String generation, @Nullable PreviewPolicy preview) {
         return new Development(subscriber -> new EventSubscription(
                 servers, persistence, null, new Received(generation, preview), null, subscriber));
     }
 
-    /** {@return what is known of a generation, {@code "generations/ID"}} */
+    /** {@return the present state of a generation, {@code "generations/ID"}} */
     public Generation get(String generation) {
         var request = GetGenerationRequest.newBuilder().setName(generation).build();
         return servers.ask(server -> GenerationServiceGrpc.newBlockingStub(server).getGeneration(request))
@@ -142,7 +142,7 @@ public final class SafelightClient implements AutoCloseable {
      * Stops a generation.
      *
      * @param generation its name, {@code "generations/ID"}
-     * @return it as it ended, with the step that each output had reached
+     * @return its final state, with the step that each output had reached
      */
     public Generation cancel(String generation) {
         var request = CancelGenerationRequest.newBuilder().setName(generation).build();
@@ -151,9 +151,9 @@ public final class SafelightClient implements AutoCloseable {
     }
 
     /**
-     * Sends a picture: PNG, JPEG or WebP.
+     * Uploads a picture: PNG, JPEG or WebP.
      *
-     * @return what the server says of it. Its name can then be the {@code init_image} or the {@code mask} of a spec, for as
+     * @return its description. Its name can then be the {@code init_image} or the {@code mask} of a spec, for as
      *     long as the server keeps it
      */
     public Image uploadImage(byte[] data) {
@@ -209,7 +209,7 @@ public final class SafelightClient implements AutoCloseable {
         return servers.awake(servers.at());
     }
 
-    /** Closes all connections. What is being read ends with an error. */
+    /** Closes all connections. Generations that are being read end with an error. */
     @Override
     public void close() {
         servers.close();
@@ -241,7 +241,7 @@ public final class SafelightClient implements AutoCloseable {
         }
 
         /**
-         * Asks by TLS, with {@code io.grpc.TlsChannelCredentials}. Without it the connection is plain text.
+         * Uses TLS, with {@code io.grpc.TlsChannelCredentials}. Without it the connection is plain text.
          *
          * @return this
          */
@@ -251,7 +251,7 @@ public final class SafelightClient implements AutoCloseable {
         }
 
         /**
-         * The name in the server's certificate, where it is not that of the target.
+         * The name in the server's certificate, if it is not the target's host.
          *
          * @return this
          */
@@ -261,8 +261,8 @@ public final class SafelightClient implements AutoCloseable {
         }
 
         /**
-         * How long a generation whose connection is lost is asked for again, since its last event; 60 seconds by
-         * default. While nothing was received it is at most 5 seconds.
+         * How long the client tries to resume a generation after a lost connection, counted from its last event; 60
+         * seconds by default. Before the first event it is at most 5 seconds.
          *
          * @return this
          */
@@ -272,8 +272,8 @@ public final class SafelightClient implements AutoCloseable {
         }
 
         /**
-         * How often a request is sent again that the server has refused with the time after which to retry; 3 times by
-         * default. The client waits as long as the server says, within its patience and the deadline.
+         * How often a refused request is sent again if the refusal says after which time; 3 times by default. The client
+         * waits for that time, within its patience and the deadline.
          *
          * @return this
          */
@@ -293,7 +293,7 @@ public final class SafelightClient implements AutoCloseable {
         }
 
         /**
-         * Adds an interceptor of gRPC, such as one for traces.
+         * Adds a gRPC interceptor, such as one for traces.
          *
          * @return this
          */
@@ -316,7 +316,7 @@ public final class SafelightClient implements AutoCloseable {
             if (targets.contains("")) {
                 throw new IllegalArgumentException("target \"" + target + "\" names no server");
             }
-            Builder given = copy(); // a connection may be made anew, after this builder has changed
+            Builder given = copy(); // connections are also made later, when this builder may have changed
             var servers = new Servers(targets.stream()
                     .<Supplier<ManagedChannel>>map(one -> () -> given.connect(one))
                     .toList());
@@ -337,7 +337,7 @@ public final class SafelightClient implements AutoCloseable {
             NettyChannelBuilder channel = NettyChannelBuilder.forTarget(one, credentials)
                     .flowControlWindow(WINDOW_BYTES)
                     .maxInboundMessageSize(maxMessageBytes)
-                    // While a stream is open, a server that is frozen is seen within 15 seconds.
+                    // While a stream is open, a server that is frozen is noticed within 15 seconds.
                     .keepAliveTime(10, TimeUnit.SECONDS)
                     .keepAliveTimeout(5, TimeUnit.SECONDS)
                     .withOption(ChannelOption.CONNECT_TIMEOUT_MILLIS, CONNECT_TIMEOUT_MS)

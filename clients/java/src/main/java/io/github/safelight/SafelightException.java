@@ -44,7 +44,7 @@ public final class SafelightException extends RuntimeException {
                 }
             }
         } catch (InvalidProtocolBufferException damaged) {
-            addSuppressed(damaged); // the code and the message still say what is known
+            addSuppressed(damaged); // the code and the message are still valid
         }
         this.code = status.getCode();
         this.reason = reason;
@@ -63,8 +63,8 @@ public final class SafelightException extends RuntimeException {
     }
 
     /**
-     * The status of a call as its caller is told it. One that is CANCELLED without a reason, as a server that stops does,
-     * is a lost connection, unless the call was ended here: by an exception or by the context that it began in.
+     * The status of a call as its caller gets it. A server that stops ends calls as CANCELLED without a reason; that counts
+     * as a lost connection, unless the call was ended here, by an exception or by the context in which it was made.
      */
     static Status lostOrSaid(Status status, @Nullable Metadata trailers, Context context) {
         boolean cancelled = status.getCode() == Status.Code.CANCELLED && of(status, trailers).reason.isEmpty();

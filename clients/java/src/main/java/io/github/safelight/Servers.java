@@ -26,7 +26,7 @@ import java.util.function.Function;
 import java.util.function.Supplier;
 import org.jspecify.annotations.Nullable;
 
-/** The replicas that a client asks, in their order, and which of them new calls ask. */
+/** The replicas of a client, in their order, and which of them new calls use. */
 final class Servers implements AutoCloseable {
     private static final Duration CONNECT_TIMEOUT = Duration.ofSeconds(5);
 
@@ -39,10 +39,10 @@ final class Servers implements AutoCloseable {
     private final Set<ManagedChannel> givenUp = new HashSet<>();
     private boolean closed;
 
-    /** The connection to a server, and the same with a bound for the server's answer to it. */
+    /** The connection to a server, plain and with a time limit for the server's answer to the connection. */
     private record Connection(ManagedChannel channel, Channel bounded) {}
 
-    /** @param connect makes the connection to each server, more than once where one is given up */
+    /** @param connect makes a connection to a server; called again when a connection is replaced */
     Servers(List<Supplier<ManagedChannel>> connect, Duration connectTimeout) {
         this.connect = List.copyOf(connect);
         this.connectTimeout = connectTimeout;
@@ -62,15 +62,15 @@ final class Servers implements AutoCloseable {
         return connect.size();
     }
 
-    /** The index of the server that new calls ask. */
+    /** The index of the server that new calls use. */
     int at() {
         return at.get();
     }
 
-    /** A server for a call that begins now: it is connected to anew if it could not be reached before. */
+    /** A server for a call that begins now. If it could not be reached before, the connection is tried again at once. */
     synchronized Channel awake(int index) {
         Connection connection = connections.get(index);
-        // gRPC would wait for up to two minutes before it connects again. This client has waiting times of its own.
+        // gRPC would wait up to two minutes before it connects again; this client has its own waiting times.
         if (connection.channel().getState(false) == ConnectivityState.TRANSIENT_FAILURE) {
             connection.channel().enterIdle();
         }
@@ -78,11 +78,10 @@ final class Servers implements AutoCloseable {
     }
 
     /**
-     * Makes new calls at a server use a new connection, which a load balancer may give to another server; calls that are
-     * under way stay on the old one. Generations that are refused together give up the same connection: the first of them
-     * replaces it.
+     * Makes new calls use a new connection, which a load balancer may lead to another server; open calls stay on the old
+     * one. Generations that are refused at the same time replace a connection only once.
      *
-     * @param used what {@link #awake} gave
+     * @param used the connection that {@link #awake} returned
      */
     synchronized void giveUp(int index, @Nullable Channel used) {
         Connection old = connections.get(index);
@@ -100,8 +99,8 @@ final class Servers implements AutoCloseable {
     }
 
     /**
-     * The server to ask after one that failed. Generations that lose a server together step to the same next one; new
-     * calls follow the first of them only.
+     * The server to use after one that failed. Generations that lose a server at the same time move to the same next
+     * one, and only the first of them changes the server of new calls.
      */
     int next(int failed) {
         int after = (failed + 1) % size();
@@ -109,7 +108,7 @@ final class Servers implements AutoCloseable {
         return after;
     }
 
-    /** Makes a call at the current server, and at each next one while one cannot be reached. */
+    /** Makes a call at the current server; if that cannot be reached, at the next ones in turn. */
     <T> T ask(Function<Channel, T> call) {
         for (int left = size() - 1; ; left--) {
             int asked = at();
@@ -137,8 +136,8 @@ final class Servers implements AutoCloseable {
     }
 
     /**
-     * Ends calls whose server takes the connection and does not answer it. gRPC bounds the answer to the TCP connection
-     * only, and its keepalive begins when the server has answered.
+     * Ends calls whose server accepts the TCP connection but does not answer. gRPC limits only the time of the TCP
+     * connection, and its keepalive begins after the server's first answer.
      */
     private record ConnectBound(ManagedChannel channel, Duration timeout) implements ClientInterceptor {
         @Override
@@ -177,7 +176,7 @@ final class Servers implements AutoCloseable {
                     super.halfClose(); // nothing may be sent after a cancel, so the time begins here
                     connected.orTimeout(timeout.toNanos(), TimeUnit.NANOSECONDS).exceptionally(late -> {
                         if (channel.getState(false) == ConnectivityState.CONNECTING) {
-                            channel.enterIdle(); // the next try makes a connection of its own
+                            channel.enterIdle(); // so that the next attempt makes a new connection
                         }
                         cancel("the connection was not answered", late);
                         return false;

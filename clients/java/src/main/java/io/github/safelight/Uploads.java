@@ -7,14 +7,14 @@ import java.security.NoSuchAlgorithmException;
 import java.util.ArrayList;
 import java.util.List;
 
-/** The messages of the upload of a picture. */
+/** Makes the messages that upload a picture. */
 final class Uploads {
-    /** What a server takes in one message. */
+    /** The most that a server accepts in one message. */
     private static final int PIECE_BYTES = 32 << 10;
 
     private Uploads() {}
 
-    /** The digest and the size of a picture, then its bytes. */
+    /** The messages: the digest and the size of a picture, then its bytes. */
     static List<UploadImageRequest> pieces(byte[] data) {
         List<UploadImageRequest> pieces = new ArrayList<>();
         pieces.add(UploadImageRequest.newBuilder()

@@ -1,9 +1,9 @@
 /**
- * Asks a Safelight server for pictures and watches them develop: previews from the first denoising step on, then the
- * picture, over one stream that survives lost connections and servers.
+ * A client of Safelight servers. It requests pictures and receives previews from the first denoising step on, then the
+ * pictures, over one stream that survives the loss of connections and servers.
  *
- * <p>{@link io.github.safelight.SafelightClient} is where to begin. The messages are those of the contract, generated
- * into {@code io.github.safelight.v1}.
+ * <p>Start with {@link io.github.safelight.SafelightClient}. {@code io.github.safelight.v1} has the generated messages of
+ * the API.
  */
 @NullMarked
 package io.github.safelight;

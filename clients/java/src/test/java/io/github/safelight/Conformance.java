@@ -32,7 +32,7 @@ import java.util.concurrent.Executors;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The runner of the Java client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
+ * The runner of the Java client: reads cases, runs them, and prints the outcomes, a JSON object a line each.
  *
  * <p>See clients/CONFORMANCE.md.
  */
@@ -53,7 +53,7 @@ final class Conformance {
 
     record Watched(List<String> reliable, List<String> sha256, String state, List<String> models) {}
 
-    /** What one generation gave. */
+    /** The outcome of one generation. */
     static final class Seen {
         String code = "OK";
         String reason = "";
@@ -155,7 +155,7 @@ final class Conformance {
         return seen;
     }
 
-    /** Sends the picture in a file; its name. */
+    /** Uploads the picture in a file and returns its name. */
     private String upload(String file) throws Exception {
         return client.uploadImage(Files.readAllBytes(Path.of(file))).getName();
     }
@@ -185,7 +185,7 @@ final class Conformance {
         }
     }
 
-    /** What a second screen sees, and what the server says of the generation and of its models. */
+    /** Watches a generation again: the events, and what the server reports about the generation and its models. */
     private Watched watchAgain(String name) throws Exception {
         List<String> reliable = new ArrayList<>();
         Map<Integer, String> sums = new TreeMap<>();

@@ -36,7 +36,7 @@ import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.Timeout;
 
-/** The forms in which a generation can be read, against a server of this process. */
+/** Tests of the forms in which a generation can be read, against a server in this process. */
 @Timeout(20)
 final class DevelopmentTest {
     private static final ByteString PIXELS = ByteString.copyFromUtf8("pixels");
@@ -86,7 +86,7 @@ final class DevelopmentTest {
         events.onCompleted();
     }
 
-    /** Is admitted, and then nothing comes. */
+    /** A generation that is admitted, and of which nothing more comes. */
     private static void stall(StreamObserver<GenerateResponse> events) {
         send(events, event -> event.setSequence(1).getAcceptedBuilder());
     }
