@@ -11,13 +11,13 @@ from safelight_server.catalog.catalog import Catalog, Pipeline, assemble
 from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     CONTROL_INPUTS,
-    STABLE_DIFFUSION_INPUTS,
     AdapterRoom,
     Manifest,
 )
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 
+from tests.support import image_prompts
 from tests.support.adapters import ROOM, write_adapter
 
 PAD, BOS, EOS = 0, 1, 2
@@ -80,10 +80,12 @@ def small_catalog(folder: Path, **changes: Any) -> Catalog:
 def adapted_catalog(folder: Path, *adapters: str) -> Catalog:
     """A catalog with these adapters of rank 2, whose pipeline allows a sum of ranks up to 6.
 
-    It has the control networks `edges` and `depth` too.
+    It has the control networks `edges` and `depth`, and takes image prompts, too.
     """
-    inputs = STABLE_DIFFUSION_INPUTS | ADAPTER_INPUTS | CONTROL_INPUTS
-    catalog = small_catalog(folder, adapters=ROOM, controls=["edges", "depth"], inputs=inputs)
+    inputs = image_prompts.INPUTS | ADAPTER_INPUTS | CONTROL_INPUTS
+    components = MANIFEST["components"] | image_prompts.IMAGE_ENCODER
+    room = {"adapters": ROOM, "controls": ["edges", "depth"], "image_prompt": image_prompts.ROOM}
+    catalog = small_catalog(folder, inputs=inputs, components=components, **room)
     for seed, name in enumerate(adapters):
         write_adapter(folder / "adapters", name, seed=seed)
     catalog.adapters = AdapterLibrary(folder / "adapters", {"small": AdapterRoom.model_validate(ROOM)})

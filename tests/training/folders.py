@@ -22,11 +22,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -330,3 +333,72 @@ def sd3_pipeline(**scheduler: Any) -> StableDiffusion3Pipeline:
         text_encoder_3=t5_encoder(48),
         tokenizer_3=t5_tokenizer(),
     )
+
+
+IP_ADAPTER = "ip-adapter.safetensors"
+VISION_WIDTH, VISION_PROJECTION = 32, 20
+NUM_RESAMPLER_LAYERS = 4
+
+
+def ip_adapter(unet: UNet2DConditionModel, place: Path, *, is_plus: bool = False) -> Path:
+    """A random IP-Adapter for a UNet, seeded, with its image encoder, in a folder as diffusers loads it."""
+    torch.manual_seed(11)
+    config = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=64,
+        projection_dim=VISION_PROJECTION,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=8,
+        initializer_factor=4.0,
+    )
+    CLIPVisionModelWithProjection(config).eval().save_pretrained(place / "image_encoder")
+    width = unet.config.cross_attention_dim
+    made = _resampler(width) if is_plus else _projection(width)
+    weights = {f"image_proj.{name}": tensor for name, tensor in made.items()}
+    layers = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for number, name in enumerate(layers):
+        inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        for part, size in (("to_k_ip", 1.0), ("to_v_ip", 4.0)):
+            weights[f"ip_adapter.{2 * number + 1}.{part}.weight"] = size * torch.randn(inner, width) / width**0.5
+    save_file(weights, place / IP_ADAPTER)
+    return place
+
+
+def _projection(width: int) -> dict[str, torch.Tensor]:
+    return {
+        "proj.weight": torch.randn(4 * width, VISION_PROJECTION),
+        "proj.bias": torch.randn(4 * width),
+        "norm.weight": 1 + 0.1 * torch.randn(width),
+        "norm.bias": 0.1 * torch.randn(width),
+    }
+
+
+def _resampler(width: int, hidden: int = 16, inner: int = 64, num_tokens: int = 6) -> dict[str, torch.Tensor]:
+    """As IP-Adapter's own training saves it."""
+
+    def linear(outputs: int, inputs: int) -> torch.Tensor:
+        return torch.randn(outputs, inputs) / inputs**0.5
+
+    made = {
+        "latents": torch.randn(1, num_tokens, hidden),
+        "proj_in.weight": linear(hidden, VISION_WIDTH),
+        "proj_out.weight": linear(width, hidden),
+    }
+    for name, size in (("proj_in", hidden), ("proj_out", width)):
+        made[f"{name}.bias"] = 0.1 * torch.randn(size)
+    norms = {"norm_out": width}
+    for layer in range(NUM_RESAMPLER_LAYERS):
+        at = f"layers.{layer}"
+        made |= {
+            f"{at}.0.to_q.weight": linear(inner, hidden),
+            f"{at}.0.to_kv.weight": linear(2 * inner, hidden),
+            f"{at}.0.to_out.weight": linear(hidden, inner),
+            f"{at}.1.1.weight": linear(4 * hidden, hidden),
+            f"{at}.1.3.weight": linear(hidden, 4 * hidden),
+        }
+        norms |= {f"{at}.0.norm1": hidden, f"{at}.0.norm2": hidden, f"{at}.1.0": hidden}
+    for name, size in norms.items():
+        made |= {f"{name}.weight": 1 + 0.1 * torch.randn(size), f"{name}.bias": 0.1 * torch.randn(size)}
+    return made

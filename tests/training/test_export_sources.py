@@ -15,7 +15,7 @@ from safelight_server.export.plan import ExportOptions
 from safelight_server.export.source import ExportError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, T5Config
+from transformers import CLIPTextConfig, CLIPVisionConfig, T5Config
 
 from tests.training import folders
 from tests.training.checkpoints import save_checkpoint
@@ -137,6 +137,13 @@ def test_what_transformers_writes_of_a_text_encoder_is_known() -> None:
     keys = {key for key in CLIPTextConfig().to_dict() if not key.startswith("_")}
     assert keys <= networks.TEXT_SHAPE | set(networks.TEXT_RULES)
     assert {key for key in T5Config().to_dict() if not key.startswith("_")} <= networks.T5_SHAPE
+
+
+def test_what_transformers_writes_of_an_image_encoder_is_known() -> None:
+    config = CLIPVisionConfig()
+    keys = {key for key in config.to_dict() if not key.startswith("_")}
+    assert keys <= networks.VISION_SHAPE | set(networks.VISION_RULES)
+    assert {key: getattr(config, key) for key in networks.VISION_DEFAULTS} == networks.VISION_DEFAULTS
 
 
 class Wide(nn.Module):

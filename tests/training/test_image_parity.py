@@ -28,9 +28,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safelight_server.catalog import catalog
 from safelight_server.domain.errors import SafelightError
-from safelight_server.domain.uploads import decode_mask, decode_picture
+from safelight_server.domain.uploads import decode_image_prompt, decode_mask, decode_picture
 from safelight_server.engine.engine import Engine
-from safelight_server.engine.jobs import InitImage, Job
+from safelight_server.engine.jobs import ImagePrompt, InitImage, Job
 from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.sampler import SamplerSpec, compile_table, gaussian, steps_left_out
@@ -98,6 +98,8 @@ class Served:
         guidance_rescale: float = 0.0,
         size: tuple[int, int] | None = None,
         num_steps: int = STEPS,
+        image_prompt: bytes = b"",
+        image_prompt_scale: float = 1.0,
     ) -> list[Pixels]:
         """The finished pictures of all seeds, which share batches."""
         spec, manifest = SamplerSpec(sampler, spacing), self.pipeline.manifest
@@ -112,6 +114,10 @@ class Served:
         if init:
             painted = decode_mask(mask, whole, *size) if mask else None
             image = InitImage("init", decode_picture(init, whole, *size), painted)
+        prompt_of_image = None
+        if image_prompt:
+            pixels = decode_image_prompt(image_prompt, whole, manifest.image_prompt.edge_px)
+            prompt_of_image = ImagePrompt("prompt", pixels, image_prompt_scale)
         jobs = [
             Job(
                 number,
@@ -126,6 +132,7 @@ class Served:
                 image=image,
                 guided_steps=guided_steps,
                 guidance_rescale=guidance_rescale,
+                image_prompt=prompt_of_image,
             )
             for number, seed in enumerate(seeds)
         ]

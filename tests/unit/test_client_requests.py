@@ -29,6 +29,8 @@ def test_plain_arguments_fill_the_message():
         steps=5,
         guidance_rescale=0.5,
         adapters={"pixel": 0.8, "glow": -1},
+        image_prompt=f"images/{'ef' * 32}",
+        image_prompt_scale=0.5,
         guidance_interval=(0.25, 0.75),
         preview_media_type=["image/webp", "image/jpeg"],
         preview_every=2,
@@ -39,6 +41,7 @@ def test_plain_arguments_fill_the_message():
     assert (spec.model, spec.width_px, spec.height_px, spec.num_inference_steps) == ("models/icons", 64, 96, 5)
     assert [output.seed for output in spec.outputs] == [3, 4]
     assert list(spec.adapters) == [pb.Adapter(name="pixel", scale=0.8), pb.Adapter(name="glow", scale=-1)]
+    assert spec.image_prompt == pb.ImagePrompt(image=f"images/{'ef' * 32}", scale=0.5)
     assert (spec.guidance_rescale, spec.guidance_interval) == (0.5, pb.GuidanceInterval(start=0.25, end=0.75))
     assert [accepted.media_type for accepted in request.preview.accept] == ["image/webp", "image/jpeg"]
     assert (request.preview.every_n_steps, request.preview.max_edge_px) == (2, 32)

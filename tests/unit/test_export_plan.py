@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -843,3 +844,107 @@ def test_what_takes_no_control_networks_is_refused_by_name(folder: Folder, flux:
     assert "config.json cannot be read: No such file" in fault(folder(), controls=(("edges", tmp_path / "nothing"),))
     (tmp_path / "edges" / "diffusion_pytorch_model.safetensors").unlink()
     assert "edges: no weights (such as" in fault(folder(), controls=edges)
+
+
+VISION = {
+    "model_type": "clip_vision_model",
+    "architectures": ["CLIPVisionModelWithProjection"],
+    "hidden_size": 1280,
+    "projection_dim": 1024,
+    "image_size": 224,
+    "patch_size": 14,
+}
+BASE = {"image_proj.proj.weight": [4 * 768, 1024], "ip_adapter.1.to_k_ip.weight": [8, 768]}
+PLUS = {
+    "image_proj.latents": [1, 16, 768],
+    "image_proj.proj_in.weight": [768, 1280],
+    "image_proj.proj_out.weight": [768, 768],
+    "ip_adapter.1.to_k_ip.weight": [8, 768],
+}
+
+
+def ip_adapter(place: Path, shapes: Mapping[str, list[int]] = BASE, **vision: object) -> Path:
+    """A folder of an IP-Adapter whose weights are zeros."""
+    encoder = place / "image_encoder"
+    encoder.mkdir(parents=True)
+    (encoder / "config.json").write_text(json.dumps(VISION | vision))
+    safetensors(encoder / "model.safetensors")
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (place / "ip-adapter.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return place
+
+
+@pytest.mark.parametrize(("shapes", "num_tokens"), [(BASE, 4), (PLUS, 16)])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_an_ip_adapter_gives_the_model_image_prompts(
+    folder: Folder, tmp_path: Path, shapes: Mapping[str, list[int]], num_tokens: int, as_file: bool
+) -> None:
+    given = ip_adapter(tmp_path / "ip", shapes)
+    made = plan(folder(), image_prompt=given / "ip-adapter.safetensors" if as_file else given)
+    manifest = draft(made)
+    assert manifest["image_prompt"] == {"edge_px": 224, "num_tokens": num_tokens, "width": 768}
+    assert manifest["inputs"]["image_prompt_tokens"] == "image_prompt_tokens"
+    assert "image_encoder" in manifest["components"] and "image_encoder" in made.roles()
+    assert made.num_values["image_encoder"] == 3 + sum(map(math.prod, shapes.values()))
+    without = plan(folder())
+    assert "image_encoder" not in without.roles() and "image_prompt" not in draft(without)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "vision", "why"),
+    [
+        (BASE | {"image_proj.proj.weight": [4 * 2048, 1024]}, {}, "its tokens have 2048 numbers, and the UNet's"),
+        (PLUS | {"image_proj.proj_out.weight": [2048, 768]}, {}, "its tokens have 2048 numbers, and the UNet's"),
+        (BASE, {"projection_dim": 1280}, "takes 1024 numbers, and the projection_dim of image_encoder/ is 1280"),
+        (PLUS, {"hidden_size": 1664}, "takes 1280 numbers, and the hidden_size of image_encoder/ is 1664"),
+        ({"image_proj.proj.3.weight": [1, 1], "ip_adapter.1": [1]}, {}, "is IP-Adapter Full; the base IP-Adapter and"),
+        ({"image_proj.proj.0.weight": [1, 1], "ip_adapter.1": [1]}, {}, "is IP-Adapter FaceID; the base"),
+        ({"image_proj.x": [1], "ip_adapter.1": [1]}, {}, "is of a kind that is not known; the base"),
+        ({"unet.lora": [1]}, {}, "is no IP-Adapter: it has no weights ip_adapter."),
+        (BASE, {"model_type": "siglip_vision_model"}, "model_type 'siglip_vision_model': clip_vision_model can be"),
+        (BASE, {"new_key": 1}, "image_encoder/config.json: new_key is not known to this exporter"),
+        (BASE, {"image_size": [224, 224]}, "image_size [224, 224] is no number"),
+    ],
+)
+def test_an_ip_adapter_that_does_not_fit_is_refused(
+    folder: Folder, tmp_path: Path, shapes: Mapping[str, list[int]], vision: dict[str, object], why: str
+) -> None:
+    assert why in fault(folder(), image_prompt=ip_adapter(tmp_path / "ip", shapes, **vision))
+
+
+def test_the_files_of_an_ip_adapter_are_judged(folder: Folder, tmp_path: Path) -> None:
+    given = ip_adapter(tmp_path / "ip")
+    file = given / "ip-adapter.safetensors"
+    (given / "other.safetensors").write_bytes(file.read_bytes())
+    assert "has several: ip-adapter.safetensors, other.safetensors; name one" in fault(folder(), image_prompt=given)
+    pickle = file.rename(given / "ip-adapter.bin")
+    (given / "other.safetensors").unlink()
+    assert "ip-adapter.bin is a pickle, which can run code" in fault(folder(), image_prompt=given)
+    assert "is a pickle, which can run code when it is read" in fault(folder(), image_prompt=pickle)
+    assert "there is no such file or folder" in fault(folder(), image_prompt=file)
+    pickle.rename(file)
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 2)
+    assert "ip-adapter.safetensors is cut off: 2 bytes are missing" in fault(folder(), image_prompt=given)
+    (given / "image_encoder" / "config.json").unlink()
+    file.unlink()
+    alone = ip_adapter(tmp_path / "again")
+    (alone / "image_encoder" / "config.json").unlink()
+    assert "image_encoder/ is missing beside it" in fault(folder(), image_prompt=alone)
+
+
+@pytest.mark.parametrize("format", [ExportFormat.TORCH, ExportFormat.BOTH])
+def test_the_torch_runtime_takes_no_image_prompts(folder: Folder, tmp_path: Path, format: ExportFormat) -> None:
+    given = ip_adapter(tmp_path / "ip")
+    wanted = "--image-prompt: the torch runtime takes no image prompts; use --format onnx"
+    assert wanted in fault(folder(), image_prompt=given, format=format)
+
+
+def test_transformers_take_no_image_prompts(flux: FluxFolder, tmp_path: Path) -> None:
+    assert "--image-prompt: only UNets take image prompts; leave it out" in fault(flux(), image_prompt=tmp_path)

@@ -16,6 +16,7 @@ from safelight_server.cache.fingerprint import (
     derived_seed,
     embedding,
     exact,
+    image_prompt,
     index_key,
     tenant_key,
 )
@@ -57,6 +58,8 @@ OTHERS = {
     "guidance_interval": (0.2, 0.8),
     "adapters": (AdapterUse("pixel", 0.8, "ab" * 32),),
     "controls": (ControlUse("edges", "ab" * 32, 0.8, 0.25, 0.75),),
+    "image_prompt": "ef" * 32,
+    "image_prompt_scale": 0.5,
 }
 """Another value for each field that decides pixels."""
 SILENT = {"model", "revision", "prompt", "negative_prompt"}
@@ -114,6 +117,7 @@ FIELDS = {
     "guidance_interval": pb.GenerationSpec(guidance_interval=pb.GuidanceInterval(start=0.2, end=0.8)),
     "adapters": pb.GenerationSpec(adapters=[pb.Adapter(name="pixel")]),
     "controls": pb.GenerationSpec(controls=[pb.Control(name="edges", image=IMAGE)]),
+    "image_prompt": pb.GenerationSpec(image_prompt=pb.ImagePrompt(image=IMAGE)),
 }
 """A change of each field of the contract; the model is in the pipeline's digest, and the width goes with the height."""
 
@@ -208,10 +212,11 @@ def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
     assert exact("d", "n", SPEC, 2**64 - 1) == (
         b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"adapters":[],"controls":[],'
         b'"guidance_interval":[0,1],"guidance_rescale":0,"guidance_scale":3,"height_px":96,'
-        b'"init_image":"","mask":"","negative_token_ids":[1,5,2,0],"num_inference_steps":20,'
+        b'"image_prompt":"","image_prompt_scale":0,"init_image":"","mask":"","negative_token_ids":[1,5,2,0],"num_inference_steps":20,'
         b'"sampler":["ddim","trailing","default",0.25],"strength":1,"width_px":64},"tokens":[1,4,6,2],"version":3}'
     )
     assert json.loads(embedding("e", "n", (1, 2))) == {"encoder": "e", "numerics": "n", "tokens": [1, 2], "version": 3}
+    assert json.loads(image_prompt("e", "n", "ab")) == {"encoder": "e", "numerics": "n", "image": "ab", "version": 3}
 
 
 @given(a=st.text(), b=st.text(), content=st.binary(max_size=50))

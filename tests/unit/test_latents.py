@@ -6,8 +6,8 @@ import gc
 import weakref
 
 import numpy as np
-from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.engine.latents import CleanLatent, Latents, RowAdapter, RowControl
+from safelight_server.catalog.manifest import AdapterRoom, ImagePromptRoom
+from safelight_server.engine.latents import CleanLatent, Latents, RowAdapter, RowControl, RowImagePrompt
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table, gaussian
 
 from tests.support.adapters import ROOM
@@ -353,4 +353,36 @@ def test_a_control_does_not_stay_in_a_slot():
     slot = latents.claim(table(), 1, 1.0, [context(1)])
     rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
     assert not rows["i"].any()
+
+
+PROMPTED = {"t": "image_prompt_tokens", "s": "image_prompt_scale", "x": "latent"}
+PROMPT_ROOM = ImagePromptRoom(edge_px=8, num_tokens=2, width=3)
+
+
+def image_prompt(value, scale):
+    tokens = np.stack([np.full((2, 3), value, np.float32), np.full((2, 3), -value, np.float32)])
+    return RowImagePrompt(tokens, scale)
+
+
+def test_rows_bring_the_tokens_of_their_image_prompt():
+    """The row with the negative prompt has the negative tokens; a row without a picture has zeros."""
+    latents = Latents(3, SHAPE, CONTEXTS, 50, PROMPTED, image_prompt_room=PROMPT_ROOM)
+    slots = [
+        latents.claim(table(), 1, 3.0, [context(1), context(0)], image_prompt=prompt)
+        for prompt in (image_prompt(5, 0.5), None, image_prompt(7, 2.0))
+    ]
+    rows = latents.rows(np.array([slots[0], slots[0], *slots[1:]]), np.array([0, 1, 1, 0]), np.zeros(4, int))
+    assert rows["t"].shape == (4, 2, 3)
+    assert rows["t"].dtype == rows["s"].dtype == np.float32
+    assert rows["t"][:, 0, 0].tolist() == [5, -5, 0, 7]
+    assert (rows["t"] == rows["t"][:, :1, :1]).all()
+    assert rows["s"].tolist() == [0.5, 0.5, 0, 2]
+
+
+def test_an_image_prompt_does_not_stay_in_a_slot():
+    latents = Latents(1, SHAPE, CONTEXTS, 50, PROMPTED, image_prompt_room=PROMPT_ROOM)
+    latents.release(latents.claim(table(), 1, 1.0, [context(1)], image_prompt=image_prompt(5, 0.5)))
+    slot = latents.claim(table(), 1, 1.0, [context(1)])
+    rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
+    assert not rows["t"].any()
     assert not rows["s"].any()

@@ -13,7 +13,8 @@ from safelight_server.storage.purge import EntryOwner
 from safelight_server.storage.sealed import Sealer
 from safelight_server.storage.tiers import Tier, Tiers
 
-from tests.support.pipelines import small_pipeline
+from tests.support import image_prompts
+from tests.support.pipelines import MANIFEST, small_pipeline
 from tests.support.stores import Numbers
 
 TOKENS = (1, 4, 6, 2)
@@ -60,3 +61,20 @@ async def test_an_embedding_of_other_numerics_is_not_found(cached):
     assert await prompts.keep(namespace, plain, TOKENS, {"last_hidden_state": HIDDEN}, OWNER)
     others = Prompts(prompts._tiers, encode, lambda _: "other", 60.0)
     assert await others.known(namespace, plain, TOKENS) is None
+
+
+async def test_an_embedding_of_an_image_prompt_is_known_by_the_picture_s_content(tmp_path, cached):
+    prompts, namespace, *_ = cached
+    pipeline = small_pipeline(tmp_path, components=MANIFEST["components"] | image_prompts.IMAGE_ENCODER)
+    embedding = {"tokens": HIDDEN, "negative_tokens": -HIDDEN}
+    assert await prompts.keep_image(namespace, pipeline, "ab" * 32, embedding, OWNER)
+    found = await prompts.known_image(namespace, pipeline, "ab" * 32)
+    assert found is not None and found.keys() == embedding.keys()
+    assert all(np.array_equal(found[name], embedding[name]) for name in embedding)
+    assert await prompts.known_image(namespace, pipeline, "cd" * 32) is None
+    other = {"image_encoder": image_prompts.IMAGE_ENCODER["image_encoder"] | {"sha256": "1" * 64}}
+    retrained = small_pipeline(tmp_path, components=MANIFEST["components"] | other)
+    assert await prompts.known_image(namespace, retrained, "ab" * 32) is None
+    others = Prompts(prompts._tiers, encode, lambda _: "other", 60.0)
+    assert await others.known_image(namespace, pipeline, "ab" * 32) is None
+    assert not await prompts.keep_image(namespace, pipeline, "ab" * 32, embedding | {"tokens": HIDDEN + np.nan}, OWNER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 
 import pytest
@@ -43,6 +43,7 @@ from safelight_server.domain.request import (
     PreviewPolicy,
     QualityFloor,
     Request,
+    Spec,
 )
 from safelight_server.scheduler import Priority
 from safelight_server.storage.keyring import Keyring
@@ -62,6 +63,8 @@ REQUEST = Request(
         guidance_interval=(0.1, 0.9),
         adapters=(AdapterUse("pixel", 0.8, "ab" * 32),),
         controls=(ControlUse("edges", "cd" * 32, 0.8, 0.1, 0.9),),
+        image_prompt="cd" * 32,
+        image_prompt_scale=0.5,
     ),
     PreviewPolicy(PixelEncoding(MediaType.JPEG, 3), PreviewMethod.LINEAR, 64, 3, 0.1, 1000),
     PixelEncoding(MediaType.RAW_RGBA8, 85, 256, True),
@@ -107,10 +110,12 @@ def test_a_record_of_an_older_server_says_no_kind() -> None:
     facts = json.loads(entry.data)
     del facts["numerics_id"], facts["pipeline"]
     spec = facts["request"]["spec"]
-    del spec["guidance_rescale"], spec["guidance_interval"], spec["adapters"], spec["controls"]
+    newer = ("guidance_rescale", "guidance_interval", "adapters", "controls", "image_prompt", "image_prompt_scale")
+    for name in newer:
+        del spec[name]
     older = sealer.seal("name", replace(entry, data=json.dumps(facts).encode()), time.time() + 60.0)
-    without = {"guidance_rescale": 0.0, "guidance_interval": (0.0, 1.0), "adapters": (), "controls": ()}
-    plain = replace(REQUEST, spec=replace(REQUEST.spec, **without))
+    defaults = {field.name: field.default for field in fields(Spec) if field.name in newer}
+    plain = replace(REQUEST, spec=replace(REQUEST.spec, **defaults))
     assert parse(sealer, "name", older) == replace(RECORD, numerics_id="", pipeline="", request=plain)
 
 

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safelight_server.domain.uploads import PictureFileError, check_picture, decode_mask, decode_picture
+from safelight_server.domain.uploads import (
+    PictureFileError,
+    check_picture,
+    decode_image_prompt,
+    decode_mask,
+    decode_picture,
+)
 
 WHOLE = 1 << 20
 RED, BLUE, GREEN, WHITE = (200, 30, 20), (10, 20, 210), (20, 180, 40), (255, 255, 255)
@@ -174,3 +180,35 @@ def test_a_mask_is_white_or_transparent_where_it_is_developed_anew():
     image = Image.new("RGBA", (16, 16), "white")
     image.putalpha(grey.point(lambda value: 255 - value))
     assert np.array_equal(decode_mask(file_of(image), WHOLE, 16, 16), np.asarray(grey))
+
+
+def clip_pixels(image: Image.Image, edge_px: int) -> np.ndarray:
+    """What transformers' CLIPImageProcessor makes of a picture, before it normalizes."""
+    shortest = min(image.size)
+    size = [edge_px if edge == shortest else int(edge_px * edge / shortest) for edge in image.size]
+    left, top = ((edge - edge_px) // 2 for edge in size)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + edge_px, top + edge_px)))
+
+
+@pytest.mark.parametrize(
+    "size", [(64, 64), (16, 16), (100, 41), (41, 100), (17, 90), (33, 32), (224, 17), (9, 60), (9, 10)]
+)
+def test_an_image_prompt_is_the_middle_that_clip_sees(size):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), np.uint8))
+    found = decode_image_prompt(file_of(image), WHOLE, 16)
+    assert found.shape == (16, 16, 3)
+    assert np.array_equal(found, clip_pixels(image, 16))
+
+
+def test_a_long_thin_image_prompt_takes_no_memory_of_its_scaled_length():
+    """Scaled whole it would have 64 x 16,777,216 pixels."""
+    image = Image.new("RGB", (1 << 18, 1), RED)
+    image.paste(BLUE, (0, 0, 1 << 16, 1))
+    assert (decode_image_prompt(file_of(image), WHOLE, 64) == RED).all()
+
+
+def test_transparent_parts_of_an_image_prompt_are_white():
+    clear = Image.new("RGBA", (16, 16), (*RED, 0))
+    assert (decode_image_prompt(file_of(clear), WHOLE, 8) == WHITE).all()
+    with pytest.raises(PictureFileError, match="cannot be read as a picture"):
+        decode_image_prompt(b"x", WHOLE, 8)

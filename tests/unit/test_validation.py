@@ -792,6 +792,7 @@ SPECS = st.builds(
         ),
         max_size=3,
     ),
+    image_prompt=maybe(st.builds(pb.ImagePrompt, image=st.sampled_from(["", IMAGE, "x"]), scale=maybe(FLOATS))),
 )
 PREVIEWS = st.builds(
     pb.PreviewPolicy,
@@ -881,6 +882,7 @@ JUDGED_ELSEWHERE = {
     "spec.model",  # NotFoundError
     "spec.adapters",  # ADAPTER_FAULTS
     "spec.controls",  # CONTROL_FAULTS
+    "spec.image_prompt",  # IMAGE_PROMPT_FAULTS
     "spec.outputs.seed",  # any number of a uint64 is a seed
     "preview.accept",  # its fields are those of encoding
     "quality_floor.cheaper_previews",  # either is good
@@ -1110,3 +1112,50 @@ def test_whatever_is_asked_of_a_model_with_everything_has_an_answer(
         spec = resolve_request(message, adapted, LIMITS).spec
         for control in spec.controls:
             assert any(step >= spec.first_step for step in control.steps(spec.num_inference_steps))
+
+
+def image_prompt(image: str, scale: float | None = None) -> pb.GenerateRequest:
+    return request(image_prompt=pb.ImagePrompt(image=image, scale=scale))
+
+
+IMAGE_PROMPT_FAULTS = [
+    (image_prompt(""), "image", "must be images/SHA256 with 64 hexadecimal digits"),
+    (image_prompt("photo.png"), "image", "must be images/SHA256 with 64 hexadecimal digits"),
+    (image_prompt(IMAGE, -0.1), "scale", "must be from 0 (no effect) to 2"),
+    (image_prompt(IMAGE, 2.1), "scale", "must be from 0 (no effect) to 2"),
+    (image_prompt(IMAGE, math.nan), "scale", "must be from 0 (no effect) to 2"),
+]
+
+
+@pytest.mark.parametrize(("message", "field", "what"), IMAGE_PROMPT_FAULTS)
+def test_a_fault_of_an_image_prompt_is_named(
+    adapted: Catalog, message: pb.GenerateRequest, field: str, what: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(message, adapted, LIMITS)
+    [fault] = refused.value.violations
+    assert fault.field == f"spec.image_prompt.{field}"
+    assert fault.description.startswith(what)
+
+
+def test_a_model_without_an_ip_adapter_takes_no_image_prompt(catalog: Catalog) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(image_prompt(IMAGE), catalog, LIMITS)
+    [fault] = refused.value.violations
+    assert fault.field == "spec.image_prompt"
+    assert fault.description.startswith("models/small takes no image prompt")
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(None, 1.0), (0.6, 0.6), (2.0, 2.0), (0.0, 0.0), (-0.0, 0.0)])
+def test_an_image_prompt_counts_as_it_was_meant(adapted: Catalog, scale: float | None, expected: float) -> None:
+    spec = resolve_request(image_prompt(IMAGE, scale), adapted, LIMITS).spec
+    assert (spec.image_prompt, spec.image_prompt_scale) == (IMAGE.removeprefix("images/") if expected else "", expected)
+
+
+def test_outputs_that_pictures_are_named_by_are_replaced_by_their_content(adapted: Catalog) -> None:
+    names = {field: f"generations/{field.replace('_', '')}/outputs/0" for field in ("init_image", "mask")}
+    message = request(**names, image_prompt=pb.ImagePrompt(image="generations/prompt/outputs/1"))
+    spec = resolve_request(message, adapted, LIMITS).spec
+    assert spec.named_outputs == names | {"image_prompt.image": "generations/prompt/outputs/1"}
+    kept = spec.with_images({"init_image": "aa", "mask": "bb", "image_prompt.image": "cc"})
+    assert (kept.init_image, kept.mask, kept.image_prompt, kept.named_outputs) == ("aa", "bb", "cc", {})

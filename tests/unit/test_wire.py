@@ -130,6 +130,7 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
                 pb.Control(name="edges", image=f"images/{'ef' * 32}", scale=0.7),
                 pb.Control(name="depth", image=f"images/{'01' * 32}", start=0.1, end=0.6),
             ],
+            image_prompt=pb.ImagePrompt(image=f"images/{'ef' * 32}", scale=0.6),
         )
     )
     first = resolve_request(sent, catalog, LIMITS).spec

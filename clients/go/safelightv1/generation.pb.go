@@ -322,7 +322,7 @@ func (x Prompt_Role) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Prompt_Role.Descriptor instead.
 func (Prompt_Role) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // Order of the rows of raw pixels and of textures.
@@ -375,7 +375,7 @@ func (x PixelEncoding_RowOrder) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_RowOrder.Descriptor instead.
 func (PixelEncoding_RowOrder) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10, 0}
 }
 
 // How the blocks of a texture are compressed.
@@ -429,7 +429,7 @@ func (x PixelEncoding_TextureFormat) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_TextureFormat.Descriptor instead.
 func (PixelEncoding_TextureFormat) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9, 1}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10, 1}
 }
 
 // Which results may serve a request.
@@ -495,7 +495,7 @@ func (x CachePolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CachePolicy_Mode.Descriptor instead.
 func (CachePolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13, 0}
 }
 
 // What happens when the last stream is lost.
@@ -550,7 +550,7 @@ func (x DisconnectPolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DisconnectPolicy_Action.Descriptor instead.
 func (DisconnectPolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16, 0}
 }
 
 // Whether an accepted generation survives the loss of its server.
@@ -605,7 +605,7 @@ func (x Accepted_Durability) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Accepted_Durability.Descriptor instead.
 func (Accepted_Durability) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18, 0}
 }
 
 // Why an output ended.
@@ -666,7 +666,7 @@ func (x OutputFinished_FinishReason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputFinished_FinishReason.Descriptor instead.
 func (OutputFinished_FinishReason) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24, 0}
 }
 
 // What was lowered.
@@ -726,7 +726,7 @@ func (x Degradation_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Degradation_Kind.Descriptor instead.
 func (Degradation_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26, 0}
 }
 
 // Where a picture came from.
@@ -795,7 +795,7 @@ func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CacheResult_Disposition.Descriptor instead.
 func (CacheResult_Disposition) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27, 0}
 }
 
 // State of a generation in its life cycle.
@@ -865,7 +865,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{39, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{40, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -1121,7 +1121,11 @@ type GenerationSpec struct {
 	// if the model has no control networks, and `controls[i].name` if it has none
 	// of that name (`Model.controls` lists them). `Accepted.spec` lists them in the
 	// order of their names, without those whose scale is 0.
-	Controls      []*Control `protobuf:"bytes,17,rep,name=controls,proto3" json:"controls,omitempty"`
+	Controls []*Control `protobuf:"bytes,17,rep,name=controls,proto3" json:"controls,omitempty"`
+	// A picture that says what to draw beside the prompt (IP-Adapter). Only for
+	// models with `Model.image_prompt`; INVALID_ARGUMENT names this field elsewhere.
+	// Absent from `Accepted.spec` where its scale is 0.
+	ImagePrompt   *ImagePrompt `protobuf:"bytes,18,opt,name=image_prompt,json=imagePrompt,proto3" json:"image_prompt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1268,6 +1272,13 @@ func (x *GenerationSpec) GetControls() []*Control {
 	return nil
 }
 
+func (x *GenerationSpec) GetImagePrompt() *ImagePrompt {
+	if x != nil {
+		return x.ImagePrompt
+	}
+	return nil
+}
+
 // A picture for a control network (Zhang et al. 2023), the strength of its
 // effect, and the steps in which it acts. With N steps, counted from 0, it acts
 // in each step i with start <= i / N and (i + 1) / N <= end, as in diffusers. It
@@ -1360,6 +1371,67 @@ func (x *Control) GetEnd() float32 {
 	return 0
 }
 
+// A picture as a prompt: the denoiser attends to it beside the text (IP-Adapter,
+// Ye et al. 2023). Unlike `GenerationSpec.init_image`, from which development
+// starts, it has no say in where things are. Requests with other pictures or none
+// share batches.
+type ImagePrompt struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The picture, named as `GenerationSpec.init_image` is, with the same errors.
+	// Its upright centre is read, scaled to the square that the model takes.
+	// Transparent parts count as white.
+	Image string `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	// How much it counts beside the prompt, from 0 to 2. Absent: 1. 0 is as if
+	// there were no image prompt.
+	Scale         *float32 `protobuf:"fixed32,2,opt,name=scale,proto3,oneof" json:"scale,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagePrompt) Reset() {
+	*x = ImagePrompt{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagePrompt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagePrompt) ProtoMessage() {}
+
+func (x *ImagePrompt) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagePrompt.ProtoReflect.Descriptor instead.
+func (*ImagePrompt) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ImagePrompt) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ImagePrompt) GetScale() float32 {
+	if x != nil && x.Scale != nil {
+		return *x.Scale
+	}
+	return 0
+}
+
 // An adapter (LoRA: a low-rank update of the denoiser's weights, Hu et al. 2021)
 // and how strongly it is applied.
 type Adapter struct {
@@ -1375,7 +1447,7 @@ type Adapter struct {
 
 func (x *Adapter) Reset() {
 	*x = Adapter{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1387,7 +1459,7 @@ func (x *Adapter) String() string {
 func (*Adapter) ProtoMessage() {}
 
 func (x *Adapter) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1400,7 +1472,7 @@ func (x *Adapter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Adapter.ProtoReflect.Descriptor instead.
 func (*Adapter) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Adapter) GetName() string {
@@ -1434,7 +1506,7 @@ type GuidanceInterval struct {
 
 func (x *GuidanceInterval) Reset() {
 	*x = GuidanceInterval{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1446,7 +1518,7 @@ func (x *GuidanceInterval) String() string {
 func (*GuidanceInterval) ProtoMessage() {}
 
 func (x *GuidanceInterval) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1459,7 +1531,7 @@ func (x *GuidanceInterval) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuidanceInterval.ProtoReflect.Descriptor instead.
 func (*GuidanceInterval) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *GuidanceInterval) GetStart() float32 {
@@ -1491,7 +1563,7 @@ type Prompt struct {
 
 func (x *Prompt) Reset() {
 	*x = Prompt{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1503,7 +1575,7 @@ func (x *Prompt) String() string {
 func (*Prompt) ProtoMessage() {}
 
 func (x *Prompt) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1516,7 +1588,7 @@ func (x *Prompt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prompt.ProtoReflect.Descriptor instead.
 func (*Prompt) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Prompt) GetRole() Prompt_Role {
@@ -1553,7 +1625,7 @@ type SamplerSpec struct {
 
 func (x *SamplerSpec) Reset() {
 	*x = SamplerSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1637,7 @@ func (x *SamplerSpec) String() string {
 func (*SamplerSpec) ProtoMessage() {}
 
 func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1650,7 @@ func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerSpec.ProtoReflect.Descriptor instead.
 func (*SamplerSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SamplerSpec) GetName() string {
@@ -1621,7 +1693,7 @@ type OutputSpec struct {
 
 func (x *OutputSpec) Reset() {
 	*x = OutputSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1633,7 +1705,7 @@ func (x *OutputSpec) String() string {
 func (*OutputSpec) ProtoMessage() {}
 
 func (x *OutputSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1646,7 +1718,7 @@ func (x *OutputSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputSpec.ProtoReflect.Descriptor instead.
 func (*OutputSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *OutputSpec) GetSeed() uint64 {
@@ -1679,7 +1751,7 @@ type PixelEncoding struct {
 
 func (x *PixelEncoding) Reset() {
 	*x = PixelEncoding{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +1763,7 @@ func (x *PixelEncoding) String() string {
 func (*PixelEncoding) ProtoMessage() {}
 
 func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +1776,7 @@ func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PixelEncoding.ProtoReflect.Descriptor instead.
 func (*PixelEncoding) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PixelEncoding) GetMediaType() string {
@@ -1775,7 +1847,7 @@ type PreviewPolicy struct {
 
 func (x *PreviewPolicy) Reset() {
 	*x = PreviewPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1787,7 +1859,7 @@ func (x *PreviewPolicy) String() string {
 func (*PreviewPolicy) ProtoMessage() {}
 
 func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1800,7 +1872,7 @@ func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewPolicy.ProtoReflect.Descriptor instead.
 func (*PreviewPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PreviewPolicy) GetAccept() []*PixelEncoding {
@@ -1885,7 +1957,7 @@ type Scheduling struct {
 
 func (x *Scheduling) Reset() {
 	*x = Scheduling{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +1969,7 @@ func (x *Scheduling) String() string {
 func (*Scheduling) ProtoMessage() {}
 
 func (x *Scheduling) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +1982,7 @@ func (x *Scheduling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduling.ProtoReflect.Descriptor instead.
 func (*Scheduling) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Scheduling) GetPriority() Priority {
@@ -1938,7 +2010,7 @@ type CachePolicy struct {
 
 func (x *CachePolicy) Reset() {
 	*x = CachePolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1950,7 +2022,7 @@ func (x *CachePolicy) String() string {
 func (*CachePolicy) ProtoMessage() {}
 
 func (x *CachePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1963,7 +2035,7 @@ func (x *CachePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CachePolicy.ProtoReflect.Descriptor instead.
 func (*CachePolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CachePolicy) GetMode() CachePolicy_Mode {
@@ -2008,7 +2080,7 @@ type QualityFloor struct {
 
 func (x *QualityFloor) Reset() {
 	*x = QualityFloor{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2092,7 @@ func (x *QualityFloor) String() string {
 func (*QualityFloor) ProtoMessage() {}
 
 func (x *QualityFloor) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2105,7 @@ func (x *QualityFloor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QualityFloor.ProtoReflect.Descriptor instead.
 func (*QualityFloor) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *QualityFloor) GetMinNumSteps() int32 {
@@ -2074,7 +2146,7 @@ type Branch struct {
 
 func (x *Branch) Reset() {
 	*x = Branch{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2158,7 @@ func (x *Branch) String() string {
 func (*Branch) ProtoMessage() {}
 
 func (x *Branch) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2171,7 @@ func (x *Branch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Branch.ProtoReflect.Descriptor instead.
 func (*Branch) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Branch) GetGeneration() string {
@@ -2137,7 +2209,7 @@ type DisconnectPolicy struct {
 
 func (x *DisconnectPolicy) Reset() {
 	*x = DisconnectPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2149,7 +2221,7 @@ func (x *DisconnectPolicy) String() string {
 func (*DisconnectPolicy) ProtoMessage() {}
 
 func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2162,7 +2234,7 @@ func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectPolicy.ProtoReflect.Descriptor instead.
 func (*DisconnectPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DisconnectPolicy) GetAction() DisconnectPolicy_Action {
@@ -2210,7 +2282,7 @@ type GenerationEvent struct {
 
 func (x *GenerationEvent) Reset() {
 	*x = GenerationEvent{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2294,7 @@ func (x *GenerationEvent) String() string {
 func (*GenerationEvent) ProtoMessage() {}
 
 func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2307,7 @@ func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationEvent.ProtoReflect.Descriptor instead.
 func (*GenerationEvent) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GenerationEvent) GetSequence() uint64 {
@@ -2418,7 +2490,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2430,7 +2502,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2443,7 +2515,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Accepted) GetSpec() *GenerationSpec {
@@ -2522,7 +2594,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2534,7 +2606,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2547,7 +2619,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Warning) GetReason() string {
@@ -2577,7 +2649,7 @@ type Queued struct {
 
 func (x *Queued) Reset() {
 	*x = Queued{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2589,7 +2661,7 @@ func (x *Queued) String() string {
 func (*Queued) ProtoMessage() {}
 
 func (x *Queued) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2602,7 +2674,7 @@ func (x *Queued) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queued.ProtoReflect.Descriptor instead.
 func (*Queued) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Queued) GetPosition() int32 {
@@ -2638,7 +2710,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2650,7 +2722,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2663,7 +2735,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Progress) GetOutputIndex() int32 {
@@ -2729,7 +2801,7 @@ type Preview struct {
 
 func (x *Preview) Reset() {
 	*x = Preview{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2741,7 +2813,7 @@ func (x *Preview) String() string {
 func (*Preview) ProtoMessage() {}
 
 func (x *Preview) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2754,7 +2826,7 @@ func (x *Preview) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Preview.ProtoReflect.Descriptor instead.
 func (*Preview) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Preview) GetOutputIndex() int32 {
@@ -2847,7 +2919,7 @@ type ArtifactChunk struct {
 
 func (x *ArtifactChunk) Reset() {
 	*x = ArtifactChunk{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2859,7 +2931,7 @@ func (x *ArtifactChunk) String() string {
 func (*ArtifactChunk) ProtoMessage() {}
 
 func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2872,7 +2944,7 @@ func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactChunk.ProtoReflect.Descriptor instead.
 func (*ArtifactChunk) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ArtifactChunk) GetOutputIndex() int32 {
@@ -2953,7 +3025,7 @@ type OutputFinished struct {
 
 func (x *OutputFinished) Reset() {
 	*x = OutputFinished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2965,7 +3037,7 @@ func (x *OutputFinished) String() string {
 func (*OutputFinished) ProtoMessage() {}
 
 func (x *OutputFinished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2978,7 +3050,7 @@ func (x *OutputFinished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputFinished.ProtoReflect.Descriptor instead.
 func (*OutputFinished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *OutputFinished) GetOutputIndex() int32 {
@@ -3021,7 +3093,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3033,7 +3105,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3046,7 +3118,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Finished) GetStatus() *status.Status {
@@ -3100,7 +3172,7 @@ type Degradation struct {
 
 func (x *Degradation) Reset() {
 	*x = Degradation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3184,7 @@ func (x *Degradation) String() string {
 func (*Degradation) ProtoMessage() {}
 
 func (x *Degradation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3197,7 @@ func (x *Degradation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Degradation.ProtoReflect.Descriptor instead.
 func (*Degradation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Degradation) GetKind() Degradation_Kind {
@@ -3169,7 +3241,7 @@ type CacheResult struct {
 
 func (x *CacheResult) Reset() {
 	*x = CacheResult{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3181,7 +3253,7 @@ func (x *CacheResult) String() string {
 func (*CacheResult) ProtoMessage() {}
 
 func (x *CacheResult) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3194,7 +3266,7 @@ func (x *CacheResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheResult.ProtoReflect.Descriptor instead.
 func (*CacheResult) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CacheResult) GetDisposition() CacheResult_Disposition {
@@ -3258,7 +3330,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3270,7 +3342,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3283,7 +3355,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Usage) GetComputeTime() *durationpb.Duration {
@@ -3348,7 +3420,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3360,7 +3432,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3373,7 +3445,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Cost) GetCurrencyCode() string {
@@ -3411,7 +3483,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3423,7 +3495,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3436,7 +3508,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -3491,7 +3563,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3503,7 +3575,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3516,7 +3588,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -3560,7 +3632,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3572,7 +3644,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3585,7 +3657,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -3613,7 +3685,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3625,7 +3697,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3638,7 +3710,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -3663,7 +3735,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3675,7 +3747,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3688,7 +3760,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3723,7 +3795,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3735,7 +3807,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3748,7 +3820,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3769,7 +3841,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3781,7 +3853,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3794,7 +3866,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3815,7 +3887,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3827,7 +3899,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3840,7 +3912,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3861,7 +3933,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[37]
+	mi := &file_safelight_v1_generation_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3873,7 +3945,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[37]
+	mi := &file_safelight_v1_generation_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3886,7 +3958,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3907,7 +3979,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[38]
+	mi := &file_safelight_v1_generation_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3919,7 +3991,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[38]
+	mi := &file_safelight_v1_generation_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3932,7 +4004,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{38}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3975,7 +4047,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[39]
+	mi := &file_safelight_v1_generation_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3987,7 +4059,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[39]
+	mi := &file_safelight_v1_generation_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4000,7 +4072,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{39}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Generation) GetName() string {
@@ -4106,7 +4178,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[40]
+	mi := &file_safelight_v1_generation_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4118,7 +4190,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[40]
+	mi := &file_safelight_v1_generation_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4131,7 +4203,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{40}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -4195,7 +4267,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x10GenerateResponse\x123\n" +
-	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\x99\x06\n" +
+	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xd7\x06\n" +
 	"\x0eGenerationSpec\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06prompt\x18\x02 \x01(\tR\x06prompt\x12.\n" +
@@ -4214,7 +4286,8 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x10guidance_rescale\x18\r \x01(\x02H\x05R\x0fguidanceRescale\x88\x01\x01\x12K\n" +
 	"\x11guidance_interval\x18\x0e \x01(\v2\x1e.safelight.v1.GuidanceIntervalR\x10guidanceInterval\x121\n" +
 	"\badapters\x18\x0f \x03(\v2\x15.safelight.v1.AdapterR\badapters\x121\n" +
-	"\bcontrols\x18\x11 \x03(\v2\x15.safelight.v1.ControlR\bcontrolsB\v\n" +
+	"\bcontrols\x18\x11 \x03(\v2\x15.safelight.v1.ControlR\bcontrols\x12<\n" +
+	"\fimage_prompt\x18\x12 \x01(\v2\x19.safelight.v1.ImagePromptR\vimagePromptB\v\n" +
 	"\t_width_pxB\f\n" +
 	"\n" +
 	"_height_pxB\x16\n" +
@@ -4230,7 +4303,11 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x03end\x18\x05 \x01(\x02H\x02R\x03end\x88\x01\x01B\b\n" +
 	"\x06_scaleB\b\n" +
 	"\x06_startB\x06\n" +
-	"\x04_end\"B\n" +
+	"\x04_end\"H\n" +
+	"\vImagePrompt\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x19\n" +
+	"\x05scale\x18\x02 \x01(\x02H\x00R\x05scale\x88\x01\x01B\b\n" +
+	"\x06_scale\"B\n" +
 	"\aAdapter\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\x05scale\x18\x02 \x01(\x02H\x00R\x05scale\x88\x01\x01B\b\n" +
@@ -4555,7 +4632,7 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 14)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -4575,143 +4652,145 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(*GenerateResponse)(nil),         // 15: safelight.v1.GenerateResponse
 	(*GenerationSpec)(nil),           // 16: safelight.v1.GenerationSpec
 	(*Control)(nil),                  // 17: safelight.v1.Control
-	(*Adapter)(nil),                  // 18: safelight.v1.Adapter
-	(*GuidanceInterval)(nil),         // 19: safelight.v1.GuidanceInterval
-	(*Prompt)(nil),                   // 20: safelight.v1.Prompt
-	(*SamplerSpec)(nil),              // 21: safelight.v1.SamplerSpec
-	(*OutputSpec)(nil),               // 22: safelight.v1.OutputSpec
-	(*PixelEncoding)(nil),            // 23: safelight.v1.PixelEncoding
-	(*PreviewPolicy)(nil),            // 24: safelight.v1.PreviewPolicy
-	(*Scheduling)(nil),               // 25: safelight.v1.Scheduling
-	(*CachePolicy)(nil),              // 26: safelight.v1.CachePolicy
-	(*QualityFloor)(nil),             // 27: safelight.v1.QualityFloor
-	(*Branch)(nil),                   // 28: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 29: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 30: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 31: safelight.v1.Accepted
-	(*Warning)(nil),                  // 32: safelight.v1.Warning
-	(*Queued)(nil),                   // 33: safelight.v1.Queued
-	(*Progress)(nil),                 // 34: safelight.v1.Progress
-	(*Preview)(nil),                  // 35: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 36: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 37: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 38: safelight.v1.Finished
-	(*Degradation)(nil),              // 39: safelight.v1.Degradation
-	(*CacheResult)(nil),              // 40: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 41: safelight.v1.Usage
-	(*Cost)(nil),                     // 42: safelight.v1.Cost
-	(*Timings)(nil),                  // 43: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 44: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 45: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 46: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 47: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 48: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 49: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 50: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 51: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 52: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 53: safelight.v1.Generation
-	(*OutputState)(nil),              // 54: safelight.v1.OutputState
-	nil,                              // 55: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 56: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 57: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 58: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 59: google.rpc.Status
+	(*ImagePrompt)(nil),              // 18: safelight.v1.ImagePrompt
+	(*Adapter)(nil),                  // 19: safelight.v1.Adapter
+	(*GuidanceInterval)(nil),         // 20: safelight.v1.GuidanceInterval
+	(*Prompt)(nil),                   // 21: safelight.v1.Prompt
+	(*SamplerSpec)(nil),              // 22: safelight.v1.SamplerSpec
+	(*OutputSpec)(nil),               // 23: safelight.v1.OutputSpec
+	(*PixelEncoding)(nil),            // 24: safelight.v1.PixelEncoding
+	(*PreviewPolicy)(nil),            // 25: safelight.v1.PreviewPolicy
+	(*Scheduling)(nil),               // 26: safelight.v1.Scheduling
+	(*CachePolicy)(nil),              // 27: safelight.v1.CachePolicy
+	(*QualityFloor)(nil),             // 28: safelight.v1.QualityFloor
+	(*Branch)(nil),                   // 29: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 30: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 31: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 32: safelight.v1.Accepted
+	(*Warning)(nil),                  // 33: safelight.v1.Warning
+	(*Queued)(nil),                   // 34: safelight.v1.Queued
+	(*Progress)(nil),                 // 35: safelight.v1.Progress
+	(*Preview)(nil),                  // 36: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 37: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 38: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 39: safelight.v1.Finished
+	(*Degradation)(nil),              // 40: safelight.v1.Degradation
+	(*CacheResult)(nil),              // 41: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 42: safelight.v1.Usage
+	(*Cost)(nil),                     // 43: safelight.v1.Cost
+	(*Timings)(nil),                  // 44: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 45: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 46: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 47: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 48: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 49: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 50: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 51: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 52: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 53: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 54: safelight.v1.Generation
+	(*OutputState)(nil),              // 55: safelight.v1.OutputState
+	nil,                              // 56: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 57: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 58: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 59: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 60: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
 	16, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
-	24, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	23, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
-	25, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	29, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	55, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
-	26, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	28, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	27, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
-	30, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	20, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	21, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	22, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
-	19, // 13: safelight.v1.GenerationSpec.guidance_interval:type_name -> safelight.v1.GuidanceInterval
-	18, // 14: safelight.v1.GenerationSpec.adapters:type_name -> safelight.v1.Adapter
+	25, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	24, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
+	26, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
+	30, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	56, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	27, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
+	29, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	28, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
+	31, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	21, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	22, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	23, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
+	20, // 13: safelight.v1.GenerationSpec.guidance_interval:type_name -> safelight.v1.GuidanceInterval
+	19, // 14: safelight.v1.GenerationSpec.adapters:type_name -> safelight.v1.Adapter
 	17, // 15: safelight.v1.GenerationSpec.controls:type_name -> safelight.v1.Control
-	4,  // 16: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
-	0,  // 17: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
-	1,  // 18: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
-	5,  // 19: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
-	6,  // 20: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
-	23, // 21: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	57, // 22: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
-	2,  // 23: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
-	3,  // 24: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
-	7,  // 25: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
-	8,  // 26: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	57, // 27: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	58, // 28: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	31, // 29: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	33, // 30: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	34, // 31: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	35, // 32: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	36, // 33: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	37, // 34: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	38, // 35: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	16, // 36: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
-	23, // 37: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	57, // 38: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	32, // 39: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
-	9,  // 40: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	58, // 41: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	57, // 42: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
-	2,  // 43: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
-	10, // 44: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	59, // 45: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	41, // 46: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	43, // 47: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	40, // 48: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	39, // 49: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
-	11, // 50: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
-	12, // 51: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	57, // 52: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	42, // 53: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
-	57, // 54: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	57, // 55: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	57, // 56: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	57, // 57: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	57, // 58: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	45, // 59: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	24, // 60: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	30, // 61: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	24, // 62: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	25, // 63: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	53, // 64: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	53, // 65: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	53, // 66: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	13, // 67: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	16, // 68: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	54, // 69: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 70: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	56, // 71: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	58, // 72: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	58, // 73: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	59, // 74: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	41, // 75: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	39, // 76: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
-	10, // 77: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	14, // 78: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	44, // 79: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	47, // 80: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	49, // 81: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	51, // 82: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	15, // 83: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	46, // 84: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	48, // 85: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	50, // 86: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	52, // 87: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	83, // [83:88] is the sub-list for method output_type
-	78, // [78:83] is the sub-list for method input_type
-	78, // [78:78] is the sub-list for extension type_name
-	78, // [78:78] is the sub-list for extension extendee
-	0,  // [0:78] is the sub-list for field type_name
+	18, // 16: safelight.v1.GenerationSpec.image_prompt:type_name -> safelight.v1.ImagePrompt
+	4,  // 17: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
+	0,  // 18: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
+	1,  // 19: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
+	5,  // 20: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
+	6,  // 21: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
+	24, // 22: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
+	58, // 23: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	2,  // 24: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
+	3,  // 25: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
+	7,  // 26: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
+	8,  // 27: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
+	58, // 28: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	59, // 29: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	32, // 30: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	34, // 31: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	35, // 32: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	36, // 33: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	37, // 34: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	38, // 35: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	39, // 36: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	16, // 37: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	24, // 38: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
+	58, // 39: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	33, // 40: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	9,  // 41: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
+	59, // 42: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	58, // 43: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	2,  // 44: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
+	10, // 45: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	60, // 46: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	42, // 47: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	44, // 48: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	41, // 49: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	40, // 50: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
+	11, // 51: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
+	12, // 52: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	58, // 53: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	43, // 54: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	58, // 55: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	58, // 56: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	58, // 57: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	58, // 58: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	58, // 59: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	46, // 60: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	25, // 61: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	31, // 62: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	25, // 63: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	26, // 64: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	54, // 65: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	54, // 66: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	54, // 67: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	13, // 68: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	16, // 69: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	55, // 70: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 71: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	57, // 72: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	59, // 73: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	59, // 74: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	60, // 75: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	42, // 76: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	40, // 77: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
+	10, // 78: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	14, // 79: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	45, // 80: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	48, // 81: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	50, // 82: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	52, // 83: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	15, // 84: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	47, // 85: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	49, // 86: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	51, // 87: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	53, // 88: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	84, // [84:89] is the sub-list for method output_type
+	79, // [79:84] is the sub-list for method input_type
+	79, // [79:79] is the sub-list for extension type_name
+	79, // [79:79] is the sub-list for extension extendee
+	0,  // [0:79] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -4723,16 +4802,17 @@ func file_safelight_v1_generation_proto_init() {
 	file_safelight_v1_generation_proto_msgTypes[3].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[4].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[5].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[6].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[8].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[9].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[10].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[10].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[11].OneofWrappers = []any{
 		(*PreviewPolicy_EveryNSteps)(nil),
 		(*PreviewPolicy_MinInterval)(nil),
 	}
-	file_safelight_v1_generation_proto_msgTypes[12].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[13].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[16].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[14].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[17].OneofWrappers = []any{
 		(*GenerationEvent_Accepted)(nil),
 		(*GenerationEvent_Queued)(nil),
 		(*GenerationEvent_Progress)(nil),
@@ -4747,7 +4827,7 @@ func file_safelight_v1_generation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
 			NumEnums:      14,
-			NumMessages:   43,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

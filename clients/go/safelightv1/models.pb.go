@@ -399,7 +399,9 @@ type Model struct {
 	// at any time. Empty: there are none, or the model takes none.
 	Adapters []*AdapterInfo `protobuf:"bytes,18,rep,name=adapters,proto3" json:"adapters,omitempty"`
 	// Control networks (ControlNet) that requests can use. Empty: none.
-	Controls      []*ControlInfo `protobuf:"bytes,19,rep,name=controls,proto3" json:"controls,omitempty"`
+	Controls []*ControlInfo `protobuf:"bytes,19,rep,name=controls,proto3" json:"controls,omitempty"`
+	// Whether requests can have a `GenerationSpec.image_prompt`.
+	ImagePrompt   bool `protobuf:"varint,20,opt,name=image_prompt,json=imagePrompt,proto3" json:"image_prompt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -565,6 +567,13 @@ func (x *Model) GetControls() []*ControlInfo {
 		return x.Controls
 	}
 	return nil
+}
+
+func (x *Model) GetImagePrompt() bool {
+	if x != nil {
+		return x.ImagePrompt
+	}
+	return false
 }
 
 // A control network of a model.
@@ -941,7 +950,7 @@ func (x *ModelLimits) GetMaxPromptTokens() int32 {
 // Measured times of calls of one component.
 type ComponentTime struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "text_encoder", "decoder", "preview_decoder" or "encoder".
+	// "text_encoder", "decoder", "preview_decoder", "encoder" or "image_encoder".
 	Component string `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
 	// One entry for each number of rows that was measured.
 	Times         []*StepTime `protobuf:"bytes,2,rep,name=times,proto3" json:"times,omitempty"`
@@ -1069,7 +1078,7 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xad\x06\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xd0\x06\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -1094,7 +1103,8 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
 	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\x125\n" +
 	"\badapters\x18\x12 \x03(\v2\x19.safelight.v1.AdapterInfoR\badapters\x125\n" +
-	"\bcontrols\x18\x13 \x03(\v2\x19.safelight.v1.ControlInfoR\bcontrols\"!\n" +
+	"\bcontrols\x18\x13 \x03(\v2\x19.safelight.v1.ControlInfoR\bcontrols\x12!\n" +
+	"\fimage_prompt\x18\x14 \x01(\bR\vimagePrompt\"!\n" +
 	"\vControlInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"M\n" +
 	"\vAdapterInfo\x12\x12\n" +

@@ -69,6 +69,9 @@ class GenerateOptions(PreviewOptions, total=False):
             file is uploaded if the server does not have it.
         strength: how much of `init_image` may change, above 0 and at most 1.
         mask: the part of `init_image` that is developed anew: white, or transparent if it has an alpha channel.
+        image_prompt: a picture that says what to draw beside the prompt, given as `init_image` is; for models with
+            `Model.image_prompt`.
+        image_prompt_scale: how much it counts, 0 to 2.
         steps: denoising steps.
         guidance_scale: strength of guidance; 1 means none.
         guidance_rescale: how far the contrast that guidance adds is reduced again, 0 to 1.
@@ -103,6 +106,8 @@ class GenerateOptions(PreviewOptions, total=False):
     init_image: ImageSource | None
     strength: float | None
     mask: ImageSource | None
+    image_prompt: ImageSource | None
+    image_prompt_scale: float | None
     steps: int | None
     guidance_scale: float | None
     guidance_rescale: float | None
@@ -155,7 +160,11 @@ def image_files(options: GenerateOptions) -> dict[str, ImageFile]:
     Raises:
         ValueError: a file cannot be read.
     """
-    given = {"init_image": options.get("init_image"), "mask": options.get("mask")}
+    given = {
+        "init_image": options.get("init_image"),
+        "mask": options.get("mask"),
+        "image_prompt": options.get("image_prompt"),
+    }
     given |= {_image_field(number): at.image for number, at in enumerate(options.get("controls") or ())}
     files = [image_file(source, field) for field, source in given.items() if source is not None]
     return {file.name: file for file in files if file is not None}
@@ -200,6 +209,12 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         if len(interval) != 2:
             raise ValueError("guidance_interval: must be (start, end), such as (0.2, 0.8)")
         spec.guidance_interval.start, spec.guidance_interval.end = interval
+    if (picture := options.get("image_prompt")) is not None:
+        spec.image_prompt.image = image_name(picture, "image_prompt")
+    if (scale := options.get("image_prompt_scale")) is not None:
+        if picture is None:
+            raise ValueError("image_prompt_scale: goes with image_prompt")
+        spec.image_prompt.scale = scale
     for name, scale in (options.get("adapters") or {}).items():
         spec.adapters.add(name=name, scale=scale)
     for number, at in enumerate(options.get("controls") or ()):

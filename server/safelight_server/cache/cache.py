@@ -161,17 +161,22 @@ class Cache:
         return await self._warm_starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.excluded)
 
     async def embeddings(self, wanted: CacheQuery) -> tuple[Embedding | None, ...]:
-        """Finds the embeddings of its prompts, one per row; None for each that is not cached."""
+        """Finds the embeddings of its prompts, one per row, and behind them that of its image prompt if it has one.
+
+        Returns:
+            None for each that is not cached.
+        """
         namespace, pipeline, spec = wanted.name.namespace, wanted.pipeline, wanted.spec
         found, wanted.embedding = wanted.embedding, None  # freed now: the output may wait long in the queue
-        return tuple(
-            [
-                found
-                if found is not None and ids == spec.token_ids
-                else await self._prompts.known(namespace, pipeline, ids)
-                for ids in spec.token_ids_by_row
-            ]
-        )
+        embeddings = [
+            found
+            if found is not None and ids == spec.token_ids
+            else await self._prompts.known(namespace, pipeline, ids)
+            for ids in spec.token_ids_by_row
+        ]
+        if spec.image_prompt:
+            embeddings.append(await self._prompts.known_image(namespace, pipeline, spec.image_prompt))
+        return tuple(embeddings)
 
     # --- writes ---
 
@@ -186,6 +191,12 @@ class Cache:
         )
         if kept and wanted.vector is None and token_ids == wanted.spec.token_ids:
             wanted.vector = await self._prompts.vector(wanted.pipeline, token_ids, embedding)
+
+    async def keep_image_prompt(self, wanted: CacheQuery, embedding: Embedding) -> None:
+        """Stores the embedding of its image prompt."""
+        await self._prompts.keep_image(
+            wanted.name.namespace, wanted.pipeline, wanted.spec.image_prompt, embedding, self.owner(wanted)
+        )
 
     async def keep_picture(
         self, wanted: CacheQuery, picture: FinishedPicture, compute_s: float, *, there: bool
@@ -290,9 +301,12 @@ class CacheRecorder(ExecutionObserver):
         self.there = False
 
     def encoded(self, row: int, embedding: Embedding) -> None:
-        """Stores the embedding of one of its prompts."""
-        ids = self._wanted.spec.token_ids_by_row[row]
-        self._cache.write(self._cache.keep_embedding(self._wanted, ids, embedding))
+        """Stores the embedding of one of its prompts, or behind them of its image prompt."""
+        rows = self._wanted.spec.token_ids_by_row
+        if row < len(rows):
+            self._cache.write(self._cache.keep_embedding(self._wanted, rows[row], embedding))
+        else:
+            self._cache.write(self._cache.keep_image_prompt(self._wanted, embedding))
 
     def wants_checkpoint(self, step: int) -> bool:
         """Returns whether to store the latent after this step."""

@@ -80,6 +80,11 @@ def compatible(pipeline_digest: str, numerics_id: str, spec: Spec) -> bytes:
     return _canonical(_comparable(pipeline_digest, numerics_id, spec))
 
 
+def image_prompt(encoder_digest: str, numerics_id: str, image_digest: str) -> bytes:
+    """Returns the fingerprint of an image encoder's output for a picture's file."""
+    return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "image": image_digest})
+
+
 def embedding(encoder_digest: str, numerics_id: str, token_ids: Sequence[int]) -> bytes:
     """Returns the fingerprint of a text encoder's output, for prompts and negative prompts alike."""
     return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "tokens": list(token_ids)})

@@ -1,4 +1,4 @@
-"""Cached prompt embeddings for the denoiser, and prompt vectors for similarity search.
+"""Cached embeddings of prompts and image prompts for the denoiser, and prompt vectors for similarity search.
 
 The engine encodes prompts that are not cached; `approximate.embedding` turns embeddings into vectors.
 """
@@ -17,7 +17,7 @@ from safelight_server.cache.approximate.embedding import EXAMPLE_PROMPTS, Floats
 from safelight_server.cache.fingerprint import IndexKind
 from safelight_server.cache.namespaces import Namespace
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.catalog.manifest import HIDDEN_STATE
+from safelight_server.catalog.manifest import HIDDEN_STATE, IMAGE_PROMPT_OUTPUTS
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding
 from safelight_server.storage.purge import EntryOwner
@@ -57,13 +57,27 @@ class Prompts:
         owner: EntryOwner,
     ) -> bool:
         """Stores an embedding. False if it is not finite. Purges find it by `owner`."""
-        arrays = [np.ascontiguousarray(embedding[name], np.float32) for name in pipeline.embedding_outputs]
+        return await self._put(self._key(namespace, pipeline, token_ids), embedding, pipeline.embedding_outputs, owner)
+
+    async def known_image(self, namespace: Namespace, pipeline: Pipeline, digest: str) -> Embedding | None:
+        """Returns the cached embedding of an image prompt, a picture whose file has this SHA-256, or None."""
+        found = await self._tiers.get(self._image_key(namespace, pipeline, digest))
+        return None if found is None else _arrays(found.entry)
+
+    async def keep_image(
+        self, namespace: Namespace, pipeline: Pipeline, digest: str, embedding: Embedding, owner: EntryOwner
+    ) -> bool:
+        """Stores the embedding of an image prompt. False if it is not finite. Purges find it by `owner`."""
+        return await self._put(self._image_key(namespace, pipeline, digest), embedding, IMAGE_PROMPT_OUTPUTS, owner)
+
+    async def _put(self, key: str, embedding: Embedding, names: Sequence[str], owner: EntryOwner) -> bool:
+        arrays = [np.ascontiguousarray(embedding[name], np.float32) for name in names]
         if not all(np.isfinite(array).all() for array in arrays):
             return False
-        shapes = {name: list(array.shape) for name, array in zip(pipeline.embedding_outputs, arrays, strict=True)}
+        shapes = {name: list(array.shape) for name, array in zip(names, arrays, strict=True)}
         facts = {"shapes": json.dumps(shapes)} if len(shapes) > 1 else {}
         entry = Entry(b"".join(array.tobytes() for array in arrays), facts, owner.revision, owner.generation)
-        await self._tiers.put(self._key(namespace, pipeline, token_ids), entry, self._ttl_s)
+        await self._tiers.put(key, entry, self._ttl_s)
         return True
 
     async def get(
@@ -99,6 +113,11 @@ class Prompts:
         what = fingerprint.embedding(encoder, self._numerics_id(pipeline.name), token_ids)
         return f"{namespace.prefix}/prompt/{fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, what)}"
 
+    def _image_key(self, namespace: Namespace, pipeline: Pipeline, digest: str) -> str:
+        encoder = pipeline.manifest.components[Component.IMAGE_ENCODER].sha256 or pipeline.digest
+        what = fingerprint.image_prompt(encoder, self._numerics_id(pipeline.name), digest)
+        return f"{namespace.prefix}/prompt/{fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, what)}"
+
 
 def _vector(pipeline: Pipeline, token_ids: Sequence[int], embedding: Embedding) -> Floats:
     """The mean of the hidden states of the prompt's tokens; of several text encoders those of one."""
@@ -109,12 +128,17 @@ def _vector(pipeline: Pipeline, token_ids: Sequence[int], embedding: Embedding) 
 
 def _parsed(entry: Entry, pipeline: Pipeline, num_tokens: int) -> Embedding | None:
     """The embedding of an entry; None if it lacks an output of the encoder that the pipeline now uses."""
-    flat = np.frombuffer(entry.data, np.float32)
     if "shapes" not in entry.metadata:
-        embedding = {HIDDEN_STATE: flat.reshape(num_tokens, -1)}
+        embedding: Embedding = {HIDDEN_STATE: np.frombuffer(entry.data, np.float32).reshape(num_tokens, -1)}
     else:
-        embedding, first = {}, 0
-        for name, shape in json.loads(entry.metadata["shapes"]).items():
-            embedding[name] = flat[first : first + math.prod(shape)].reshape(shape)
-            first += math.prod(shape)
+        embedding = _arrays(entry)
     return embedding if embedding.keys() >= set(pipeline.embedding_outputs) else None
+
+
+def _arrays(entry: Entry) -> Embedding:
+    """The arrays of an entry that says their shapes."""
+    flat, embedding, first = np.frombuffer(entry.data, np.float32), {}, 0
+    for name, shape in json.loads(entry.metadata["shapes"]).items():
+        embedding[name] = flat[first : first + math.prod(shape)].reshape(shape)
+        first += math.prod(shape)
+    return embedding

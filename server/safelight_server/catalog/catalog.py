@@ -32,6 +32,10 @@ from safelight_server.catalog.manifest import (
     ENCODER_SOURCE,
     GUIDANCE_SOURCE,
     HIDDEN_STATE,
+    IMAGE_PROMPT_INPUTS,
+    IMAGE_PROMPT_OUTPUTS,
+    IMAGE_PROMPT_SCALE_SOURCE,
+    IMAGE_PROMPT_TOKENS_SOURCE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
@@ -385,6 +389,8 @@ def _digest(manifest: Manifest) -> str:
         decides["adapters"] = manifest.adapters.model_dump(mode="json")
     if manifest.controls:  # their order is that of the networks in the denoiser
         decides["controls"] = list(manifest.controls)
+    if manifest.image_prompt is not None:
+        decides["image_prompt"] = manifest.image_prompt.model_dump(mode="json")
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -425,6 +431,14 @@ def check(manifest: Manifest) -> list[str]:
         faults.append("controls: goes with inputs of both control_images and control_scales")
     if len(set(manifest.controls)) < len(manifest.controls):
         faults.append("controls: has a name twice")
+    prompted = (
+        manifest.image_prompt is not None,
+        Component.IMAGE_ENCODER in manifest.components,
+        *(source in manifest.inputs.values() for source in IMAGE_PROMPT_INPUTS.values()),
+    )
+    if len(set(prompted)) > 1:
+        both = " and ".join(IMAGE_PROMPT_INPUTS)
+        faults.append(f"image_prompt: goes with a component image_encoder and inputs of {both}")
     faults += _check_tokenizers(manifest)
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
@@ -495,12 +509,18 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         if count := len(manifest.controls):
             pictures = (count, 3, size.height_px, size.width_px)
             shapes |= {CONTROL_IMAGES_SOURCE: pictures, CONTROL_SCALES_SOURCE: (count,)}
+        prompt_tokens: tuple[int, ...] = ()
+        edge = 0
+        if (prompts := manifest.image_prompt) is not None:
+            prompt_tokens, edge = (prompts.num_tokens, prompts.width), prompts.edge_px
+            shapes |= {IMAGE_PROMPT_TOKENS_SOURCE: prompt_tokens, IMAGE_PROMPT_SCALE_SOURCE: (1,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"input_ids": (num_ids,)},
             Component.DENOISER: {name: shapes.get(at, (context, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
             Component.ENCODER: {"image": (3, size.height_px, size.width_px)},
+            Component.IMAGE_ENCODER: {"image": (3, edge, edge)},
         }
         outputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"last_hidden_state": (context, -1)},
@@ -508,6 +528,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
             Component.DECODER: {"image": (3, size.height_px, size.width_px)},
             Component.PREVIEW_DECODER: {"image": (3, -1, -1)},
             Component.ENCODER: {"mean": latent},
+            Component.IMAGE_ENCODER: dict.fromkeys(IMAGE_PROMPT_OUTPUTS, prompt_tokens),
         }
         if Component.ENCODER in configs and "std" in configs[Component.ENCODER].outputs:
             outputs[Component.ENCODER]["std"] = latent

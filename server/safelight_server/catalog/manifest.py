@@ -215,6 +215,14 @@ ADAPTER_INPUTS = {"adapter_weights": ADAPTER_WEIGHTS_SOURCE, "adapter_scales": A
 CONTROL_IMAGES_SOURCE, CONTROL_SCALES_SOURCE = "control_images", "control_scales"
 CONTROL_INPUTS = {"control_images": CONTROL_IMAGES_SOURCE, "control_scales": CONTROL_SCALES_SOURCE}
 """What a denoiser is given beside its other inputs where it has control networks."""
+IMAGE_PROMPT_TOKENS_SOURCE, IMAGE_PROMPT_SCALE_SOURCE = "image_prompt_tokens", "image_prompt_scale"
+IMAGE_PROMPT_INPUTS = {
+    "image_prompt_tokens": IMAGE_PROMPT_TOKENS_SOURCE,
+    "image_prompt_scale": IMAGE_PROMPT_SCALE_SOURCE,
+}
+"""What a denoiser is given beside its other inputs where its rows can have an image prompt."""
+IMAGE_PROMPT_OUTPUTS = ("tokens", "negative_tokens")
+"""What the image encoder makes of a picture: for the rows with the prompt, and for those with the negative prompt."""
 GUIDANCE_SOURCE = "scalar:guidance"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
@@ -234,10 +242,27 @@ InputSource = Annotated[
     str,
     Field(
         pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|control_images"
-        r"|control_scales|encoder:[A-Za-z0-9_]+)$"
+        r"|control_scales|image_prompt_tokens|image_prompt_scale|encoder:[A-Za-z0-9_]+)$"
     ),
 ]
 ControlName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+class ImagePromptRoom(_Strict):
+    """What the denoiser is given of a picture that says what to draw (IP-Adapter, Ye et al. 2023).
+
+    A row is given image_prompt_tokens (T, D), which its cross-attention reads beside the prompt, and
+    image_prompt_scale, the factor of what it finds there; a factor of 0 is as if there were no picture.
+
+    Attributes:
+        edge_px: S; the image encoder takes a square of S x S pixels.
+        num_tokens: T.
+        width: D.
+    """
+
+    edge_px: Positive
+    num_tokens: Positive
+    width: Positive
 
 
 class AdapterTarget(_Strict):
@@ -283,11 +308,13 @@ class Manifest(_Strict):
             output of the text encoder, by prompt), "scalar:guidance" (the request's guidance scale, for a network that
             was distilled with it), or "size_ids" (the picture's height and width, a crop of zero, and height and width
             again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
-            "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`).
+            "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`), "image_prompt_tokens" and
+            "image_prompt_scale" its image prompt (`ImagePromptRoom`).
         adapters: the room for adapters; None: the denoiser takes none.
         controls: the names of the K control networks (ControlNet, Zhang et al. 2023) that are part of the denoiser. A
             row is given "control_images" (K, 3, H, W) in [0, 1], a picture for each, and "control_scales" (K,), the
             factors of what they add. A network whose scale is 0 changes nothing and is not run for that row.
+        image_prompt: the form of image prompts; None: the denoiser takes none.
     """
 
     format: Literal[1]
@@ -316,6 +343,7 @@ class Manifest(_Strict):
     inputs: Mapping[str, InputSource] = STABLE_DIFFUSION_INPUTS
     adapters: AdapterRoom | None = None
     controls: tuple[ControlName, ...] = ()
+    image_prompt: ImagePromptRoom | None = None
 
     @property
     def tokenizers(self) -> tuple[TokenizerFile, ...]:

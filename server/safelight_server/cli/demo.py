@@ -75,6 +75,8 @@ class DemoRequest:
     quality_floor: QualityFloor | None = None
     adapters: Mapping[str, float] | None = None
     controls: Sequence[Control] = ()
+    image_prompt: Path | str | None = None
+    image_prompt_scale: float | None = None
 
 
 @dataclass(slots=True)
@@ -229,6 +231,8 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             init_image=order.init_image,
             strength=order.strength,
             mask=order.mask,
+            image_prompt=order.image_prompt,
+            image_prompt_scale=order.image_prompt_scale,
             quality_floor=order.quality_floor,
             preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )

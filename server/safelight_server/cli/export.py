@@ -56,6 +56,13 @@ def export(
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="Control network (ControlNet) of diffusers; may be repeated."),
     ] = None,
+    image_prompt: Annotated[
+        Path | None,
+        typer.Option(
+            help="An IP-Adapter, so that requests can have a picture as a prompt: its .safetensors file, or the folder"
+            " with it; image_encoder/ lies beside it."
+        ),
+    ] = None,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
     quantize: Annotated[
@@ -100,6 +107,7 @@ def export(
         format=format,
         adapter_rank=adapter_rank,
         controls=_controls(control or ()),
+        image_prompt=image_prompt,
     )
     gate = _gate(quantize, min_psnr, judge, min_agreement, compare)
     if quantize and control:
@@ -196,6 +204,9 @@ def _summary(planned: ExportPlan) -> list[str]:
         lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
     if options.controls:
         lines.append(f"    control networks {', '.join(name for name, _ in options.controls)}")
+    if (prompt := planned.image_prompt) is not None:
+        taken = f"{prompt.num_tokens} tokens of {prompt.edge_px}x{prompt.edge_px} pixels, from {prompt.weights.name}"
+        lines.append(f"    pictures as prompts: {taken}")
     if total := sum(planned.num_values.values()):
         lines.append(f"    {total:,} weights: {2 * total / 2**20:,.0f} MiB of files, twice that in memory")
     if planned.peak_bytes:

@@ -222,6 +222,16 @@ def generate(
             " of the steps; all but NAME=FILE may be left out. May be repeated.",
         ),
     ] = None,
+    image_prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Picture that says what to draw beside the prompt: a file, or generations/ID/outputs/0.",
+        ),
+    ] = "",
+    image_prompt_scale: Annotated[
+        float | None, typer.Option(help="How much the image prompt counts, 0 to 2. Default: 1.")
+    ] = None,
     floor_steps: Annotated[
         int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: accept so few steps.")
     ] = None,
@@ -265,6 +275,8 @@ def generate(
         _quality_floor(floor_steps, floor_previews, floor_similarity),
         _adapters(adapter or ()),
         _controls(control or ()),
+        _picture(image_prompt),
+        image_prompt_scale,
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -386,6 +398,8 @@ def models(
                 if model.controls:
                     named = ", ".join(control.name for control in model.controls)
                     console.print(f"    controls {named}", highlight=False, soft_wrap=True, markup=False)
+                if model.image_prompt:
+                    console.print("    takes a picture as a prompt (--image-prompt)", highlight=False)
                 for note in model.notes:
                     console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
             for left_out in await client.unavailable_models():

@@ -14,6 +14,8 @@ class Component(enum.StrEnum):
     preview_decoder:  as the decoder, smaller and cheaper; its image may be smaller too
     encoder:          image (B, 3, H, W) in [-1, 1] -> mean (B, C, h, w), and std (B, C, h, w) where it encodes to a
                       distribution; on the decoder's scale
+    image_encoder:    image (B, 3, S, S) in [-1, 1] -> tokens (B, T, D) and negative_tokens (B, T, D), what the denoiser
+                      is given of an image prompt in the rows with and without the prompt
     """
 
     TEXT_ENCODER = "text_encoder"
@@ -21,7 +23,9 @@ class Component(enum.StrEnum):
     DECODER = "decoder"
     PREVIEW_DECODER = "preview_decoder"
     ENCODER = "encoder"
+    IMAGE_ENCODER = "image_encoder"
 
 
-OPTIONAL = frozenset({Component.PREVIEW_DECODER, Component.ENCODER})
-"""Components that a pipeline may lack. Without them it has no cheap decoded previews, or cannot start from pictures."""
+OPTIONAL = frozenset({Component.PREVIEW_DECODER, Component.ENCODER, Component.IMAGE_ENCODER})
+"""Components that a pipeline may lack. Without them it has no cheap decoded previews, cannot start from pictures, or
+takes no image prompts."""

@@ -19,6 +19,8 @@ TEXT_BYTES = 100
 """Memory of a short text in addition to its characters: CPython's object and its entry in a dict."""
 TOKEN_BYTES = 36
 """Memory of a token id: an int and its reference in a tuple."""
+IMAGE_PROMPT_FIELD = "image_prompt.image"
+"""Where a GenerationSpec message has the picture of its image prompt."""
 EVERY_STEP = (0.0, 1.0)
 """The guidance interval that limits nothing."""
 
@@ -165,6 +167,9 @@ class Spec:
         guidance_interval: start and end of guidance as shares of all steps; `EVERY_STEP`: no limit.
         adapters: in the order of their names; none has the scale 0.
         controls: likewise.
+        image_prompt: SHA-256 of the picture that says what to draw beside the prompt, or the name of an output, as
+            `init_image`; "": none, and then `image_prompt_scale` is 0.
+        image_prompt_scale: how much it counts, above 0.
     """
 
     model: str
@@ -186,6 +191,8 @@ class Spec:
     guidance_interval: tuple[float, float] = EVERY_STEP
     adapters: tuple[AdapterUse, ...] = ()
     controls: tuple[ControlUse, ...] = ()
+    image_prompt: str = ""
+    image_prompt_scale: float = 0.0
 
     @property
     def first_step(self) -> int:
@@ -194,10 +201,10 @@ class Spec:
 
     @property
     def named_outputs(self) -> dict[str, str]:
-        """The names of outputs that `init_image`, `mask` and controls still have instead of digests, by field."""
-        images = {"init_image": self.init_image, "mask": self.mask}
-        images |= {control.field: control.image for control in self.controls}
-        return {field: name for field, name in images.items() if "/" in name}
+        """The names of outputs that its pictures still have instead of digests, by their fields in the contract."""
+        pictures = {"init_image": self.init_image, "mask": self.mask, IMAGE_PROMPT_FIELD: self.image_prompt}
+        pictures |= {control.field: control.image for control in self.controls}
+        return {field: name for field, name in pictures.items() if "/" in name}
 
     def with_images(self, digests: Mapping[str, str]) -> Spec:
         """A copy with digests in place of the `named_outputs`, by field."""
@@ -206,6 +213,7 @@ class Spec:
             init_image=digests.get("init_image", self.init_image),
             mask=digests.get("mask", self.mask),
             controls=tuple(replace(at, image=digests.get(at.field, at.image)) for at in self.controls),
+            image_prompt=digests.get(IMAGE_PROMPT_FIELD, self.image_prompt),
         )
 
     @property

@@ -20,6 +20,8 @@ FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP"
 """Media types by Pillow's names. MPO is a JPEG followed by further views, as some phones write it."""
 OFFERED = "send PNG, JPEG or WebP"
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead: Pillow's bound only warns below twice its value
+LONGEST_SHAPE = 16
+"""How many times as long as wide an image prompt is scaled; the rest of a longer one is far outside of its middle."""
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 """What Pillow raises for damaged files."""
 
@@ -60,11 +62,8 @@ def decode_picture(data: bytes, max_pixels: int, width_px: int, height_px: int) 
     Raises:
         PictureFileError: as `check_picture`.
     """
-    image = _eight_bits(_upright(_opened(data, max_pixels)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(_fitted(image.convert("RGB"), width_px, height_px))
+    image = _over_white(_upright(_opened(data, max_pixels)))
+    return np.asarray(_fitted(image, width_px, height_px))
 
 
 def decode_mask(data: bytes, max_pixels: int, width_px: int, height_px: int) -> Pixels:
@@ -77,6 +76,28 @@ def decode_mask(data: bytes, max_pixels: int, width_px: int, height_px: int) -> 
     if image.has_transparency_data:
         return np.asarray(_fitted(ImageOps.invert(image.convert("RGBA").getchannel("A")), width_px, height_px))
     return np.asarray(_fitted(image.convert("L"), width_px, height_px))
+
+
+def decode_image_prompt(data: bytes, max_pixels: int, edge_px: int) -> Pixels:
+    """The centre of a picture as CLIP's image encoder takes it, (edge_px, edge_px, 3) uint8, over white.
+
+    It has the pixels of transformers' CLIPImageProcessor: the shortest edge is scaled to `edge_px`, bicubic, and the
+    middle is cut out. Of a picture that is longer than `LONGEST_SHAPE` to 1 only the middle so long is scaled, so
+    that a long thin one takes no more memory than another.
+
+    Raises:
+        PictureFileError: as `check_picture`.
+    """
+    image = _over_white(_upright(_opened(data, max_pixels)))
+    shortest = min(image.size)
+    image = _middle(image, *(min(edge, LONGEST_SHAPE * shortest) for edge in image.size))
+    width, height = (edge_px if edge == shortest else int(edge_px * edge / shortest) for edge in image.size)
+    return np.asarray(_middle(image.resize((width, height), Image.Resampling.BICUBIC), edge_px, edge_px))
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
@@ -106,6 +127,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).clip(0, 65_535).astype(np.uint32) * 255 // 65_535).astype(np.uint8))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _fitted(image: Image.Image, width_px: int, height_px: int) -> Image.Image:

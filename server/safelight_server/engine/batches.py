@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.manifest import IMAGE_PROMPT_OUTPUTS
 from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.jobs import EncoderInput, InitImage
-from safelight_server.engine.latents import Latents, RowAdapter, RowControl, Slots, Snapshot
+from safelight_server.engine.latents import Latents, RowAdapter, RowControl, RowImagePrompt, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
@@ -48,13 +49,15 @@ class OutputTensors:
     """The tensors of one output.
 
     Attributes:
-        conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
+        conditioning: ids of its embeddings: the prompt's, with guidance the negative prompt's, and the image prompt's
+            if it has one.
         init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
         guided_steps: the steps with guidance; None: all.
         embeddings: its embeddings that are known already, by id.
         key: the key of its denoiser batches.
         slot: its slot in the latents of its key, once it takes steps.
         image: the decoded picture, (3, H, W).
+        image_prompt_scale: how much its image prompt counts; 0: it has none.
     """
 
     pipeline: Pipeline
@@ -74,6 +77,7 @@ class OutputTensors:
     controls: Sequence[RowControl] = ()
     slot: int | None = None
     image: FloatArray | None = None
+    image_prompt_scale: float = 0.0
 
 
 @dataclass(slots=True)
@@ -129,7 +133,7 @@ class Batches:
         key = self.keys[batch.key]
         if batch.kind is Kind.ENCODE:
             given = [self.encoder_inputs[row.conditioning_id] for row in batch.rows]
-            if key.component is Component.ENCODER:
+            if key.component in (Component.ENCODER, Component.IMAGE_ENCODER):
                 return PreparedCall(key, {"image": np.stack([encoder_image(np.asarray(one)) for one in given])}, 0)
             return PreparedCall(key, {"input_ids": np.array(given, np.int64)}, 0)
         if batch.kind is Kind.DENOISE:
@@ -307,13 +311,20 @@ class Batches:
     def _claim(self, key: str, output: OutputTensors) -> None:
         known = output.embeddings
         context = [known[i] if i in known else self._embeddings[i] for i in output.conditioning]
+        image_prompt = None
+        if output.image_prompt_scale:
+            of_image = context.pop()
+            tokens = np.stack([of_image[name] for name in IMAGE_PROMPT_OUTPUTS])
+            image_prompt = RowImagePrompt(tokens, output.image_prompt_scale)
         if key not in self._latents:
             pipeline, shape = output.pipeline, output.latent_shape
             steps, inputs = pipeline.manifest.limits.max_num_inference_steps, pipeline.manifest.inputs
             context_shapes = {name: context[0][name].shape for name in pipeline.embedding_outputs}
-            size_ids, room = pipeline.size_ids(shape), pipeline.manifest.adapters
+            rooms = pipeline.manifest.adapters, pipeline.manifest.image_prompt
             pictures = len(pipeline.manifest.controls), 3, *pipeline.picture_size(shape)
-            self._latents[key] = Latents(self._capacity, shape, context_shapes, steps, inputs, size_ids, room, pictures)
+            self._latents[key] = Latents(
+                self._capacity, shape, context_shapes, steps, inputs, pipeline.size_ids(shape), *rooms, pictures
+            )
         picture = None
         if (image := output.init_image) is not None:
             encoding = self._embeddings[image.name(output.pipeline)]
@@ -329,11 +340,15 @@ class Batches:
             output.guidance_rescale,
             output.adapters,
             output.controls,
+            image_prompt,
         )
 
 
 def _embeddings(key: BatchKey, results: Mapping[str, FloatArray]) -> list[Embedding]:
     """The outputs of an encoder for each row."""
-    of_text = key.component is Component.TEXT_ENCODER
-    names = key.pipeline.embedding_outputs if of_text else [name for name in ("mean", "std") if name in results]
+    names: Sequence[str] = [name for name in ("mean", "std") if name in results]
+    if key.component is Component.TEXT_ENCODER:
+        names = key.pipeline.embedding_outputs
+    elif key.component is Component.IMAGE_ENCODER:
+        names = IMAGE_PROMPT_OUTPUTS
     return [dict(zip(names, row, strict=True)) for row in zip(*(results[name] for name in names), strict=True)]

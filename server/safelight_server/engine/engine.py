@@ -184,6 +184,7 @@ class Engine:
             guidance_rescale=job.guidance_rescale,
             adapters=job.adapters,
             controls=job.controls,
+            image_prompt_scale=0.0 if job.image_prompt is None else job.image_prompt.scale,
         )
         self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)

@@ -74,6 +74,25 @@ class InitImage:
         return np.round(share * pixels + (1 - share) * kept).astype(np.uint8)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ImagePrompt:
+    """A picture that says what to draw beside the prompt.
+
+    Attributes:
+        digest: SHA-256 of its file in hexadecimal.
+        pixels: (S, S, 3) uint8 sRGB, as the image encoder takes it.
+        scale: how much it counts, above 0.
+    """
+
+    digest: str
+    pixels: Pixels
+    scale: float
+
+    def name(self, pipeline: Pipeline) -> str:
+        """The name of its encoding, equal for equal encodings."""
+        return f"{pipeline.manifest.components[Component.IMAGE_ENCODER].sha256}:{self.digest}"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One output to develop.
@@ -82,12 +101,13 @@ class Job:
         token_ids: token ids of the prompt and, with guidance, of the negative prompt; each (T,).
         deadline: on the engine's clock.
         start: the state to continue from after `suspend`, or to begin from instead of noise.
-        embeddings: embeddings of `token_ids` that are known already; may be shorter.
+        embeddings: embeddings of `token_ids` and behind them of `image_prompt` that are known already; may be shorter.
         image: the picture that it starts from instead of noise. If `start` is set, only its mask is used.
         guided_steps: the steps with guidance; each of the others has one row. None: all, if it has guidance.
         guidance_rescale: see `sampler.rescale`.
         adapters: of the denoiser, for all of its rows.
         controls: likewise.
+        image_prompt: what its rows are given beside their prompts.
     """
 
     output_id: int
@@ -107,6 +127,7 @@ class Job:
     guidance_rescale: float = 0.0
     adapters: tuple[RowAdapter, ...] = ()
     controls: tuple[RowControl, ...] = ()
+    image_prompt: ImagePrompt | None = None
 
     @property
     def first_step(self) -> int:
@@ -127,13 +148,17 @@ class Job:
 
     @property
     def conditioning(self) -> tuple[str, ...]:
-        """Names of its prompts, one per row of a step; see `prompt_name`."""
-        return tuple(prompt_name(self.pipeline, ids) for ids in self.token_ids)
+        """Names of its prompts, one per row of a step (`prompt_name`), and behind them that of its image prompt."""
+        prompts = [prompt_name(self.pipeline, ids) for ids in self.token_ids]
+        return (*prompts, *([] if self.image_prompt is None else [self.image_prompt.name(self.pipeline)]))
 
     @property
     def encoder_inputs(self) -> dict[str, EncoderInput]:
         """The encoder inputs of its embeddings, by name."""
-        inputs: dict[str, EncoderInput] = dict(zip(self.conditioning, self.token_ids, strict=True))
+        given: list[EncoderInput] = [*self.token_ids]
+        if self.image_prompt is not None:
+            given.append(self.image_prompt.pixels)
+        inputs = dict(zip(self.conditioning, given, strict=True))
         if self.image is not None and (name := self.encoded_image):
             inputs[name] = self.image.pixels
         return inputs
@@ -159,6 +184,9 @@ class Job:
         keys = {kind: key(self.pipeline, component, self.latent_shape) for kind, component in COMPONENTS.items()}
         conditioning, image = [name for name in self.conditioning if name not in known], self.encoded_image
         encoder_keys = {image: key(self.pipeline, Component.ENCODER, self.latent_shape)} if image else {}
+        if self.image_prompt is not None and (name := self.image_prompt.name(self.pipeline)) in conditioning:
+            conditioning.remove(name)
+            encoder_keys[name] = key(self.pipeline, Component.IMAGE_ENCODER, self.latent_shape)
         return ScheduledOutput(
             output_id=self.output_id,
             caller=self.caller,

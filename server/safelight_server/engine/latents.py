@@ -22,11 +22,14 @@ from safelight_server.catalog.manifest import (
     CONTROL_SCALES_SOURCE,
     ENCODER_SOURCE,
     GUIDANCE_SOURCE,
+    IMAGE_PROMPT_SCALE_SOURCE,
+    IMAGE_PROMPT_TOKENS_SOURCE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
     AdapterRoom,
+    ImagePromptRoom,
 )
 from safelight_server.domain.picture import Pixels
 from safelight_server.domain.tensors import Array, Embedding, FloatArray
@@ -110,6 +113,19 @@ class RowControl:
     steps: range
 
 
+@dataclass(frozen=True, slots=True)
+class RowImagePrompt:
+    """What the denoiser is given of an image prompt for the rows of an output.
+
+    Attributes:
+        tokens: (2, T, D) float32: of the rows with the prompt, and of those with the negative prompt.
+        scale: how much it counts.
+    """
+
+    tokens: FloatArray
+    scale: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inpainting:
     """The latent of a slot outside its mask: before step n the clean latent with the noise of `levels[n]`."""
@@ -134,6 +150,7 @@ class Latents:
         inputs: the denoiser's inputs, each with its source (`Manifest.inputs`).
         size_ids: value of the inputs with that source, (6,).
         room: room of each row for adapters; None: the denoiser takes none.
+        image_prompt_room: the form of image prompts; None: the denoiser takes none.
         pictures: (K, 3, H, W): shape of a row's pictures for K control networks.
     """
 
@@ -146,6 +163,7 @@ class Latents:
         inputs: Mapping[str, str] = STABLE_DIFFUSION_INPUTS,
         size_ids: FloatArray | None = None,
         room: AdapterRoom | None = None,
+        image_prompt_room: ImagePromptRoom | None = None,
         pictures: tuple[int, ...] = (0, 3, 0, 0),
     ) -> None:
         self.shape = shape
@@ -155,6 +173,8 @@ class Latents:
         self._adapters: dict[int, Sequence[RowAdapter]] = {}
         self._pictures = pictures
         self._controls: dict[int, Sequence[RowControl]] = {}
+        self._image_prompt_room = image_prompt_room
+        self._image_prompts: dict[int, RowImagePrompt] = {}  # of the slots that have one
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
@@ -192,6 +212,7 @@ class Latents:
         guidance_rescale: float = 0.0,
         adapters: Sequence[RowAdapter] = (),
         controls: Sequence[RowControl] = (),
+        image_prompt: RowImagePrompt | None = None,
     ) -> int:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
@@ -203,6 +224,7 @@ class Latents:
             guidance_rescale: see `sampler.rescale`.
             adapters: together of at most the rank that the room has.
             controls: at most one for each network.
+            image_prompt: None: its rows have none.
         """
         slot = self._free[-1]
         steps = table.num_steps
@@ -217,6 +239,8 @@ class Latents:
         self._rescale[slot] = guidance_rescale
         self._adapters[slot] = adapters
         self._controls[slot] = controls
+        if image_prompt is not None:
+            self._image_prompts[slot] = image_prompt
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
         for name, rows in self._context.items():
@@ -241,6 +265,7 @@ class Latents:
         self._inpainting.pop(slot, None)
         self._adapters.pop(slot, None)
         self._controls.pop(slot, None)
+        self._image_prompts.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -285,6 +310,11 @@ class Latents:
             return self._control_images(slots, steps)
         if source == CONTROL_SCALES_SOURCE:
             return self._control_scales(slots, steps)
+        if source == IMAGE_PROMPT_TOKENS_SOURCE:
+            return self._image_prompt_tokens(slots, context - slots * 2)
+        if source == IMAGE_PROMPT_SCALE_SOURCE:
+            prompts = [self._image_prompts.get(slot) for slot in slots.tolist()]
+            return np.array([0.0 if prompt is None else prompt.scale for prompt in prompts], np.float32)
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
         return StableRows(rows, context, self._context_versions[context])
 
@@ -330,6 +360,16 @@ class Latents:
     def _acting(self, slots: Slots, steps: Slots) -> Iterator[tuple[int, RowControl]]:
         for row, (slot, step) in enumerate(zip(slots.tolist(), steps.tolist(), strict=True)):
             yield from ((row, control) for control in self._controls[slot] if step in control.steps)
+
+    def _image_prompt_tokens(self, slots: Slots, parts: Slots) -> FloatArray:
+        """The tokens of each row's image prompt, zeros where it has none, (B, T, D)."""
+        assert self._image_prompt_room is not None
+        room = self._image_prompt_room
+        tokens = np.zeros((len(slots), room.num_tokens, room.width), np.float32)
+        for row, (slot, part) in enumerate(zip(slots.tolist(), parts.tolist(), strict=True)):
+            if (prompt := self._image_prompts.get(slot)) is not None:
+                tokens[row] = prompt.tokens[part]
+        return tokens
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Stores the predictions (B, C, h, w) of rows until all rows of their steps are back."""

@@ -51,7 +51,7 @@ class ExecutionObserver:
         """Gets a copy of the state after `snapshot.step` steps."""
 
     def encoded(self, row: int, embedding: Embedding) -> None:
-        """The embedding of prompt number `row` of the job (`Job.token_ids`) was computed."""
+        """The embedding of prompt number `row` (`Job.token_ids`), or behind them of the image prompt, was computed."""
 
     def decoded(self, image: FloatArray) -> None:
         """The finished image (3, H, W) in [-1, 1], unclamped. The output has ended."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from safelight_server.export.adapters import Adapters, given
+from safelight_server.export.ip_adapter import ImagePrompts, given_image
 from safelight_server.export.networks import FLUX_PATCH
 from safelight_server.export.source import ExportError
 
@@ -68,14 +69,17 @@ class TextEncoders(nn.Module):
 
 
 class DenoiserXL(nn.Module):
-    """SDXL's: beside `Denoiser`'s inputs text_embeds (B, P) and time_ids (B, 6), before those of adapters."""
+    """SDXL's: beside `Denoiser`'s inputs text_embeds (B, P) and time_ids (B, 6)."""
 
     outputs = ("prediction",)
 
-    def __init__(self, model: UNet2DConditionModel, adapters: Adapters | None = None) -> None:
+    def __init__(
+        self, model: UNet2DConditionModel, adapters: Adapters | None = None, image_prompts: ImagePrompts | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.adapters = adapters
+        self.image_prompts = image_prompts
 
     def forward(
         self,
@@ -86,9 +90,14 @@ class DenoiserXL(nn.Module):
         time_ids: Tensor,
         adapter_weights: Tensor | None = None,
         adapter_scales: Tensor | None = None,
+        image_prompt_tokens: Tensor | None = None,
+        image_prompt_scale: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        with given(self.adapters, adapter_weights, adapter_scales):
+        with (
+            given(self.adapters, adapter_weights, adapter_scales),
+            given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
+        ):
             prediction: Tensor = self.model(
                 sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
             )[0]
@@ -100,14 +109,18 @@ class Denoiser(nn.Module):
 
     Args:
         adapters: of `model`, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
+        image_prompts: of `model`, which then is given image_prompt_tokens (B, T, D) and image_prompt_scale (B,) too.
     """
 
     outputs = ("prediction",)
 
-    def __init__(self, model: UNet2DConditionModel, adapters: Adapters | None = None) -> None:
+    def __init__(
+        self, model: UNet2DConditionModel, adapters: Adapters | None = None, image_prompts: ImagePrompts | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.adapters = adapters
+        self.image_prompts = image_prompts
 
     def forward(
         self,
@@ -116,8 +129,13 @@ class Denoiser(nn.Module):
         encoder_hidden_states: Tensor,
         adapter_weights: Tensor | None = None,
         adapter_scales: Tensor | None = None,
+        image_prompt_tokens: Tensor | None = None,
+        image_prompt_scale: Tensor | None = None,
     ) -> Tensor:
-        with given(self.adapters, adapter_weights, adapter_scales):
+        with (
+            given(self.adapters, adapter_weights, adapter_scales),
+            given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
+        ):
             prediction: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
         return prediction
 

@@ -56,6 +56,8 @@ from safelight_server.export.components import (
     decoder_of,
 )
 from safelight_server.export.controls import ControlledDenoiser
+from safelight_server.export.image_prompts import IMAGE_ENCODER
+from safelight_server.export.ip_adapter import ImagePromptEncoder, ImagePrompts
 from safelight_server.export.networks import SCHNELL_T5_TOKENS
 from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
 from safelight_server.export.plan import ROLES, ExportFormat, ExportOptions, ExportPlan
@@ -65,7 +67,7 @@ from safelight_server.export.source import FAMILIES, ExportError
 Report = Callable[[str], None]
 ENDS = ("", "_2", "_3")
 """Of the names of text encoders and tokenizers."""
-UNSHARED = ("text_encoder", "denoiser")
+UNSHARED = ("text_encoder", "denoiser", IMAGE_ENCODER)
 """Components whose weights no other component has."""
 QUANTIZED = ("denoiser_int8",)
 """What `quantize` adds to the components."""
@@ -121,6 +123,8 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     adapters = _adapters_of(components["denoiser"])
     for module in components.values():
         round_weights(module.eval())
+        if isinstance(module, ImagePromptEncoder):
+            module.prepare()
     (staged / "repository").mkdir()
     torch_folder = pipeline_folder / TORCH_FOLDER
     if options.format is not ExportFormat.ONNX:
@@ -173,10 +177,11 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
 
 
 def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
+    prompts = None if made.image_prompt is None else ImagePrompts(pipeline.unet, made.image_prompt)
     adapters = Adapters(pipeline.unet) if made.options.adapter_rank else None
     components: dict[str, nn.Module] = {
         "text_encoder": text_encoder_of(pipeline),
-        "denoiser": denoiser_of(pipeline, adapters),
+        "denoiser": denoiser_of(pipeline, adapters, prompts),
         "decoder": decoder_of(pipeline.vae),
     }
     if made.options.controls:
@@ -186,6 +191,8 @@ def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.M
         scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
         components["preview_decoder"] = Decoder(preview, scale, _shift(pipeline))
     components["encoder"] = _encoder(pipeline, made.source.folder / "encoder.npz")
+    if prompts is not None:
+        components[IMAGE_ENCODER] = prompts.encoder
     return components
 
 
@@ -248,14 +255,16 @@ def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
     return TextEncoders(first, pipeline.text_encoder_2, empty_ids)
 
 
-def denoiser_of(pipeline: DiffusionPipeline, adapters: Adapters | None = None) -> nn.Module:
-    """The denoiser of a pipeline; `adapters`: with room for them, where it has a UNet."""
+def denoiser_of(
+    pipeline: DiffusionPipeline, adapters: Adapters | None = None, prompts: ImagePrompts | None = None
+) -> nn.Module:
+    """The denoiser of a pipeline; `adapters`, `prompts`: with room for them, where it has a UNet."""
     if isinstance(pipeline, FluxPipeline):
         return FluxDenoiser(pipeline.transformer)
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return StableDiffusion3Denoiser(pipeline.transformer)
     is_sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
-    return (DenoiserXL if is_sdxl else Denoiser)(pipeline.unet, adapters)
+    return (DenoiserXL if is_sdxl else Denoiser)(pipeline.unet, adapters, prompts)
 
 
 def max_tokens(pipeline: DiffusionPipeline, tokenizer: Any, text_encoder: Any) -> int:
@@ -291,7 +300,7 @@ def _export_component(
 ) -> dict[str, Any]:
     """Writes one component below `place`; returns what the manifest says of it."""
     version = made.options.version
-    sizes = made.latent_sizes if role != "text_encoder" else made.latent_sizes[:1]
+    sizes = made.latent_sizes if role not in ("text_encoder", IMAGE_ENCODER) else made.latent_sizes[:1]
     examples = [example_inputs(role, pipeline, made, size) for size in sizes]
     if made.options.format is not ExportFormat.ONNX:
         file = torch_folder / "configs" / f"{role}.pbtxt"
@@ -344,12 +353,20 @@ def example_inputs(
             inputs["pooled_projections"] = torch.randn(rows, pooled, generator=generator)
         if made.is_guidance_distilled:
             inputs["guidance"] = torch.tensor([3.5, 1.0])
+        if made.image_prompt is not None:
+            tokens = made.image_prompt.num_tokens, made.image_prompt.width
+            inputs["image_prompt_tokens"] = torch.randn(rows, *tokens, generator=generator)
+            inputs["image_prompt_scale"] = torch.tensor([0.7, 0.0])
         if isinstance(pipeline, StableDiffusionXLPipeline):
             pooled = pipeline.text_encoder_2.config.projection_dim
             size_px = [float(made.factor * edge) for edge in size]
             inputs["text_embeds"] = torch.randn(rows, pooled, generator=generator)
             inputs["time_ids"] = torch.tensor([[*size_px, 0.0, 0.0, *size_px]] * rows)
         return inputs
+    if role == IMAGE_ENCODER:
+        assert made.image_prompt is not None
+        edge = made.image_prompt.edge_px
+        return {"image": torch.rand(rows, 3, edge, edge, generator=generator) * 2 - 1}
     if role == "encoder":
         edges = [made.factor * edge for edge in size]
         return {"image": torch.rand(rows, 3, *edges, generator=generator) * 2 - 1}

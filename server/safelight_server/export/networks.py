@@ -122,6 +122,16 @@ SD3_SHAPE = _keys(
     qk_norm
     """
 )
+VISION_SHAPE = _keys(
+    """
+    hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels image_size
+    patch_size hidden_act layer_norm_eps attention_dropout dropout initializer_range initializer_factor model_type
+    architectures torch_dtype dtype transformers_version output_hidden_states output_attentions return_dict
+    chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder tie_word_embeddings
+    """
+)
+VISION_RULES: Rules = {"num_channels": ((3,), "a picture has three channels")}
+VISION_DEFAULTS = {"hidden_size": 768, "projection_dim": 512, "image_size": 224}
 T5_SHAPE = _keys(
     """
     vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets
@@ -141,6 +151,18 @@ def judge(source: Source, findings: Findings) -> None:
         _judge_transformer(source, findings)
     else:
         _judge_unet(source, findings)
+
+
+def judge_image_encoder(file: str, config: Config, findings: Findings) -> None:
+    """Judges the configuration of an IP-Adapter's image encoder, a CLIPVisionModelWithProjection."""
+    if config.get("model_type") != "clip_vision_model":
+        findings.faults.append(f"{file}: model_type {config.get('model_type')!r}: clip_vision_model can be exported")
+        return
+    _check(file, config, VISION_SHAPE, VISION_RULES, findings)
+    if not isinstance(config.get("image_size", VISION_DEFAULTS["image_size"]), int):
+        findings.faults.append(
+            f"{file}: image_size {config['image_size']!r} is no number: pictures are cut to a square"
+        )
 
 
 def _judge_unet(source: Source, findings: Findings) -> None:

@@ -21,10 +21,12 @@ from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     CONTROL_INPUTS,
     GUIDANCE_SOURCE,
+    IMAGE_PROMPT_INPUTS,
     STABLE_DIFFUSION_INPUTS,
     Manifest,
 )
-from safelight_server.export import networks, schedulers, weights
+from safelight_server.export import image_prompts, networks, schedulers, weights
+from safelight_server.export.image_prompts import IMAGE_ENCODER, ImagePromptSource
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import (
     CHECKPOINTS,
@@ -37,7 +39,7 @@ from safelight_server.export.source import (
 )
 from safelight_server.sampler import NoiseSchedule
 
-ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
+ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder", IMAGE_ENCODER)
 TRANSFORMER_SIZE = 128
 """Of a latent, where a transformer's configuration does not say: diffusers' default."""
 MAX_ROWS = 64
@@ -92,6 +94,7 @@ class ExportOptions:
         format: which files are written.
         adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
         controls: control networks, each with its name and its folder.
+        image_prompt: the weights of an IP-Adapter, or their folder; None: no image prompts.
     """
 
     name: str
@@ -110,6 +113,7 @@ class ExportOptions:
     format: ExportFormat = ExportFormat.ONNX
     adapter_rank: int = 0
     controls: tuple[tuple[str, Path], ...] = ()
+    image_prompt: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class ExportPlan:
         shape: (C, h, w) of the latent at the first size.
         num_values: numbers in the weights of each network; 0 where the headers do not say.
         notes: what will differ from diffusers.
+        image_prompt: the IP-Adapter; None: there are no image prompts.
     """
 
     source: Source
@@ -133,6 +138,7 @@ class ExportPlan:
     offer: SamplerOffer
     num_values: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    image_prompt: ImagePromptSource | None = None
 
     @property
     def latent_sizes(self) -> list[tuple[int, int]]:
@@ -174,7 +180,9 @@ class ExportPlan:
 
     def roles(self) -> tuple[str, ...]:
         """The components that will be written."""
-        return ROLES if (self.source.folder / "preview_decoder").is_dir() else ROLES[:-1]
+        absent = set() if (self.source.folder / "preview_decoder").is_dir() else {"preview_decoder"}
+        absent |= set() if self.image_prompt is not None else {IMAGE_ENCODER}
+        return tuple(role for role in ROLES if role not in absent)
 
 
 def make(folder: Path, options: ExportOptions) -> ExportPlan:
@@ -210,6 +218,11 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     if options.adapter_rank and source.family.denoiser == "transformer":
         findings.faults.append(f"--adapter-rank {options.adapter_rank}: only UNets take adapters; leave it out")
     found |= _controls(source, factor, options, checkpoint is None, findings)
+    image_prompt = None
+    if options.image_prompt is not None:
+        image_prompt = _image_prompt(options.image_prompt, source, options.format, findings)
+    if image_prompt is not None:
+        found = {**found, IMAGE_ENCODER: image_prompt.num_values} if found else {}
     licence = options.licence or source.licence
     if not licence:
         findings.faults.append(
@@ -238,6 +251,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         offer=offer,
         num_values=found,
         notes=tuple(findings.notes),
+        image_prompt=image_prompt,
     )
     findings.faults += faults_of(draft(made))
     findings.require()
@@ -256,6 +270,8 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
     is_transformer = family.denoiser == "transformer"
     inputs = {**family.inputs, **(ADAPTER_INPUTS if options.adapter_rank else {})}
     inputs |= CONTROL_INPUTS if options.controls else {}
+    if plan.image_prompt is not None:
+        inputs |= IMAGE_PROMPT_INPUTS
     if networks.is_guidance_distilled(plan.source):
         inputs["guidance"] = GUIDANCE_SOURCE
     tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
@@ -297,6 +313,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
         },
         **({"adapters": room} if options.adapter_rank else {}),
         **({"controls": [name for name, _ in options.controls]} if options.controls else {}),
+        **({} if plan.image_prompt is None else {"image_prompt": plan.image_prompt.room}),
         "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},
         **({"notes": list(plan.notes)} if plan.notes else {}),
     }
@@ -323,6 +340,16 @@ def faults_of(manifest: Mapping[str, Any]) -> list[str]:
 
 def _option(place: str) -> str:
     return OPTION_OF.get(place, OPTION_OF.get(place.partition(".")[0], place))
+
+
+def _image_prompt(given: Path, source: Source, format: ExportFormat, findings: Findings) -> ImagePromptSource | None:
+    option = image_prompts.OPTION
+    if format is not ExportFormat.ONNX:
+        findings.faults.append(f"{option}: the torch runtime takes no image prompts; use --format onnx")
+    if source.family.denoiser == "transformer":
+        findings.faults.append(f"{option}: only UNets take image prompts; leave it out")
+        return None
+    return image_prompts.judge(given, source, findings)
 
 
 def _configuration_for(checkpoint: Path, options: ExportOptions) -> Path:

@@ -1,4 +1,4 @@
-"""Loads the pictures that generations start from or follow: from the uploads of their tenant to pixels at their size.
+"""Loads the pictures that generations start from, follow, or have as a prompt: from their tenant's uploads to pixels.
 
 An output of another generation becomes an upload of its tenant first. So a picture
 depends on the content that it started from and not on a generation's life, and any
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from safelight_server.cache.images import Images
+from safelight_server.catalog.manifest import ImagePromptRoom
 from safelight_server.domain.errors import (
     FailedPreconditionError,
     FieldViolation,
@@ -21,9 +22,15 @@ from safelight_server.domain.errors import (
 )
 from safelight_server.domain.events import FinishReason
 from safelight_server.domain.picture import EncodedPicture, Pixels, picture_file
-from safelight_server.domain.request import MediaType, Spec
-from safelight_server.domain.uploads import PictureFile, PictureFileError, decode_mask, decode_picture
-from safelight_server.engine.jobs import InitImage
+from safelight_server.domain.request import IMAGE_PROMPT_FIELD, MediaType, Spec
+from safelight_server.domain.uploads import (
+    PictureFile,
+    PictureFileError,
+    decode_image_prompt,
+    decode_mask,
+    decode_picture,
+)
+from safelight_server.engine.jobs import ImagePrompt, InitImage
 from safelight_server.engine.latents import RowControl
 from safelight_server.generations.generation import Generation
 
@@ -52,10 +59,11 @@ class InitImages:
         """
         if not spec.init_image:
             return None
-        pixels = await self._decoded(tenant, spec.init_image, "spec.init_image", decode_picture, spec)
+        size = spec.width_px, spec.height_px
+        pixels = await self._decoded(tenant, spec.init_image, "spec.init_image", decode_picture, *size)
         mask = None
         if spec.mask:
-            mask = await self._decoded(tenant, spec.mask, "spec.mask", decode_mask, spec)
+            mask = await self._decoded(tenant, spec.mask, "spec.mask", decode_mask, *size)
         return InitImage(spec.init_image, pixels, mask)
 
     async def load_controls(self, tenant: str, spec: Spec, offered: Sequence[str]) -> tuple[RowControl, ...]:
@@ -69,15 +77,30 @@ class InitImages:
             InvalidRequestError: as `load`.
             StoreError: a tier that replicas share has failed.
         """
-        found = []
+        found, size = [], (spec.width_px, spec.height_px)
         for control in spec.controls:
             if control.name not in offered:  # it was accepted by a replica with another revision
                 what = f"the model has no control {control.name}; ListModels shows what it has"
                 raise NotFoundError(what, reason="CONTROL_NOT_FOUND")
-            pixels = await self._decoded(tenant, control.image, f"spec.{control.field}", decode_picture, spec)
+            pixels = await self._decoded(tenant, control.image, f"spec.{control.field}", decode_picture, *size)
             steps = control.steps(spec.num_inference_steps)
             found.append(RowControl(offered.index(control.name), pixels, control.scale, steps))
         return tuple(found)
+
+    async def load_image_prompt(self, tenant: str, spec: Spec, room: ImagePromptRoom | None) -> ImagePrompt | None:
+        """The image prompt of a spec; None: it has none.
+
+        Args:
+            room: of the spec's model.
+
+        Raises:
+            NotFoundError, InvalidRequestError, StoreError: as `load`.
+        """
+        if not spec.image_prompt or room is None:
+            return None
+        field = f"spec.{IMAGE_PROMPT_FIELD}"
+        pixels = await self._decoded(tenant, spec.image_prompt, field, decode_image_prompt, room.edge_px)
+        return ImagePrompt(spec.image_prompt, pixels, spec.image_prompt_scale)
 
     async def keep_output(self, source: Generation, index: int, field: str) -> str:
         """Keeps the picture of an output as if its client had uploaded it. Returns its digest.
@@ -112,16 +135,14 @@ class InitImages:
         await self._images.put(source.caller.tenant, digest, data, facts)
         return digest
 
-    async def _decoded(
-        self, tenant: str, digest: str, field: str, decode: Callable[[bytes, int, int, int], Pixels], spec: Spec
-    ) -> Pixels:
+    async def _decoded(self, tenant: str, digest: str, field: str, decode: Callable[..., Pixels], *size: int) -> Pixels:
         found = await self._images.get(tenant, digest, use=True)
         if found is None:
             raise image_not_found(digest, field)
-        size = self._max_pixels, spec.width_px, spec.height_px
+        given = found.data, self._max_pixels, *size
         try:
             async with self._one_at_a_time:
-                return await asyncio.get_running_loop().run_in_executor(self._pool, decode, found.data, *size)
+                return await asyncio.get_running_loop().run_in_executor(self._pool, decode, *given)
         except PictureFileError as error:
             raise InvalidRequestError([FieldViolation(field, str(error))]) from None
 

@@ -34,7 +34,7 @@ from safelight_server.domain.picture import EncodedPicture, Pixels
 from safelight_server.domain.request import CacheMode, CachePolicy, Spec
 from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
-from safelight_server.engine.jobs import InitImage, Job
+from safelight_server.engine.jobs import ImagePrompt, InitImage, Job
 from safelight_server.engine.latents import RowAdapter, RowControl, Snapshot
 from safelight_server.generations.adapters import load_adapters
 from safelight_server.generations.admission import Admission, AdmissionLimits
@@ -61,12 +61,13 @@ class OutputPlan:
     Attributes:
         picture: the finished picture, where the cache has it.
         start: the latent that the output begins from instead of noise.
-        embeddings: the embeddings of its prompts that are cached.
+        embeddings: the embeddings of its prompts, and of its image prompt, that are cached.
         gone: whether the latent that it began from at another replica is not kept any more.
         image: its init image.
-        fault: why the output cannot be developed here: a picture, or an adapter, is not there any more.
+        fault: why the output cannot be developed here: one of its pictures, or an adapter, is not there any more.
         adapters: the adapters of its spec.
         controls: likewise.
+        image_prompt: its image prompt.
     """
 
     wanted: CacheQuery
@@ -79,6 +80,7 @@ class OutputPlan:
     fault: SafelightError | None = None
     adapters: tuple[RowAdapter, ...] = ()
     controls: tuple[RowControl, ...] = ()
+    image_prompt: ImagePrompt | None = None
 
 
 class Planner:
@@ -151,18 +153,27 @@ class Planner:
             NotFoundError: the tenant has no such picture, or an adapter has gone.
             UnavailableError: uploaded pictures cannot be read now, or the adapters in use leave no memory.
         """
-        spec, tenant = generation.request.spec, generation.caller.tenant
         try:
-            image = await self._images.load(tenant, spec)
-            controls = await self._images.load_controls(tenant, spec, self._catalog.get(spec.model).manifest.controls)
+            image, controls, image_prompt = await self._load_images(generation)
         except StoreError:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
-        adapters = await load_adapters(self._catalog.adapters, spec)
+        adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
         return [
-            replace(plan, image=image, adapters=adapters, controls=controls)
+            replace(plan, image=image, adapters=adapters, controls=controls, image_prompt=image_prompt)
             for plan in await self._plan(generation, branched_from)
         ]
+
+    async def _load_images(
+        self, generation: Generation
+    ) -> tuple[InitImage | None, tuple[RowControl, ...], ImagePrompt | None]:
+        tenant, spec = generation.caller.tenant, generation.request.spec
+        manifest = self._catalog.get(spec.model).manifest
+        return (
+            await self._images.load(tenant, spec),
+            await self._images.load_controls(tenant, spec, manifest.controls),
+            await self._images.load_image_prompt(tenant, spec, manifest.image_prompt),
+        )
 
     async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
         if branched_from is not None:
@@ -295,14 +306,12 @@ class Planner:
         """
         plans, numerics = [], self.numerics_id(generation)
         others = "" if generation.numerics_id in ("", numerics) else numerics
-        image, fault = None, None
+        image, image_prompt, fault = None, None, None
         adapters: tuple[RowAdapter, ...] = ()
         controls: tuple[RowControl, ...] = ()
-        spec, tenant = generation.request.spec, generation.caller.tenant
         try:
-            image = await self._images.load(tenant, spec)
-            controls = await self._images.load_controls(tenant, spec, self._catalog.get(spec.model).manifest.controls)
-            adapters = await load_adapters(self._catalog.adapters, spec)
+            image, controls, image_prompt = await self._load_images(generation)
+            adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
         except (NotFoundError, UnavailableError) as error:
             fault = error
         except InvalidRequestError as error:  # this replica has other bounds than the one that accepted it
@@ -316,7 +325,8 @@ class Planner:
             anew = gone or output.origin.disposition in SERVED
             origin = replace(MISS if anew else output.origin, numerics_id=others)
             embeddings = await self._cache.embeddings(wanted)
-            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault, adapters, controls))
+            pictures = image, fault, adapters, controls, image_prompt
+            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, *pictures))
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
@@ -428,6 +438,7 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         guidance_rescale=spec.guidance_rescale,
         adapters=plan.adapters,
         controls=plan.controls,
+        image_prompt=plan.image_prompt,
     )
 
 

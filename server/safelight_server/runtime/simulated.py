@@ -18,7 +18,7 @@ from safelight_server.catalog.manifest import Manifest
 from safelight_server.catalog.tokenizer import Tokens
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
-from safelight_server.runtime.base import CostCurve, Inputs, StableRows
+from safelight_server.runtime.base import CostCurve, Inputs, RuntimeFailure, StableRows
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +52,9 @@ def simulated_pipeline() -> Pipeline:
             "license": "Apache-2.0",
             "family": "stable-diffusion",
             "components": {
-                role.value: {"model": f"simulated_{role.value}", "version": 1, "sha256": ""} for role in Component
+                role.value: {"model": f"simulated_{role.value}", "version": 1, "sha256": ""}
+                for role in Component
+                if role is not Component.IMAGE_ENCODER
             },
             "tokenizer": {"file": "", "sha256": "", "max_tokens": TOKENS, "pad_id": 0, "bos_id": 0, "eos_id": 0},
             "latent": {"channels": LATENT[0], "height": LATENT[1], "width": LATENT[2], "scaling_factor": 1.0},
@@ -121,6 +123,8 @@ class SimulatedRuntime:
                 return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // 2 // LATENT[1])}
             case Component.ENCODER:
                 return {"mean": _reduced(_array(inputs["image"]), SIZE_PX // LATENT[1])}
+            case Component.IMAGE_ENCODER:
+                raise RuntimeFailure("the simulated model takes no image prompts", retryable=False)
 
     def max_rows(self, model: str, component: Component) -> int:
         """Largest batch, the same for every component."""

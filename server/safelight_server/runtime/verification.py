@@ -17,7 +17,12 @@ import numpy as np
 import structlog
 
 from safelight_server.catalog.catalog import ManifestError, Pipeline
-from safelight_server.catalog.manifest import ADAPTER_INPUTS, CONTROL_IMAGES_SOURCE, CONTROL_SCALES_SOURCE
+from safelight_server.catalog.manifest import (
+    ADAPTER_INPUTS,
+    CONTROL_IMAGES_SOURCE,
+    CONTROL_SCALES_SOURCE,
+    IMAGE_PROMPT_SCALE_SOURCE,
+)
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import CostCurve
 
@@ -32,6 +37,7 @@ WARM_UP_BUDGET_S = 1.0
 """Time for one component; larger batches that cannot be verified in it are not offered."""
 REPETITIONS = 3
 SMALL_VOCABULARY = 256
+LAST_TIMESTEP = 999
 CANARY_ROWS = (3, 2, 1)
 """Batch sizes in a fingerprint. All differ, so that answers which arrive one or two calls late are noticed."""
 
@@ -91,7 +97,7 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
         if spec.is_ids:
             made[spec.name] = rng.integers(0, SMALL_VOCABULARY, shape)
         elif not spec.shape:
-            made[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
+            made[spec.name] = rng.uniform(0, LAST_TIMESTEP, shape).astype(np.float32)
         else:
             made[spec.name] = rng.standard_normal(shape, dtype=np.float32)
         if spec.name in ADAPTER_INPUTS:  # of the size of trained ones, and of every third row none
@@ -101,6 +107,9 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
             acting = np.arange(rows)[:, None] % 3 != 2
             made[spec.name] *= acting & ((np.arange(rows)[:, None] + np.arange(shape[1])) % 4 != 3)
             made[spec.name] *= not pictures_open  # no network runs on pictures whose size is not that of the latents
+        if spec.name == IMAGE_PROMPT_SCALE_SOURCE:  # at most 1, and of every third row none
+            made[spec.name] *= np.float32(1 / LAST_TIMESTEP)
+            made[spec.name][2::3] = 0
     return made
 
 

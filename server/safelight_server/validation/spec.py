@@ -24,6 +24,7 @@ MAX_ADAPTERS = 4
 MAX_ADAPTER_SCALE = 10.0
 MAX_CONTROL_SCALE = 10.0
 SHARE_OF_STEPS = "a share of the steps"
+MAX_IMAGE_PROMPT_SCALE = 2.0
 DEFAULT_STRENGTH = 0.8
 WITHOUT_GUIDANCE = "goes with guidance; leave it out, or ask for a guidance_scale above 1"
 DISTILLED = "the model has its guidance from training and draws one row a step; leave it out"
@@ -55,6 +56,7 @@ def check_spec(
     seeds = _seeds(message, manifest.limits.max_outputs, faults)
     init_image, strength, mask = _init_image(message, pipeline, steps if steps_good else None, faults)
     adapters = _adapters(message, pipeline, library, faults)
+    image_prompt, image_prompt_scale = _image_prompt(message, pipeline, faults)
     made = None if faults else range(steps_left_out(steps, strength), steps)
     controls = _controls(message, pipeline, made, faults)
     if faults or made is None:
@@ -94,6 +96,8 @@ def check_spec(
         guidance_interval=interval,
         adapters=adapters,
         controls=controls,
+        image_prompt=image_prompt,
+        image_prompt_scale=image_prompt_scale,
     )
 
 
@@ -326,6 +330,22 @@ def _controls(
         if scale:
             used[name] = control
     return tuple(used[name] for name in sorted(used))
+
+
+def _image_prompt(message: pb.GenerationSpec, pipeline: Pipeline, faults: Violations) -> tuple[str, float]:
+    """The picture that says what to draw, and how much it counts; "" and 0 where it has no effect."""
+    if not message.HasField("image_prompt"):
+        return "", 0.0
+    given, field = message.image_prompt, "spec.image_prompt"
+    if pipeline.manifest.image_prompt is None:
+        what = f"models/{pipeline.name} takes no image prompt: it was exported without an IP-Adapter; leave it out"
+        faults.add(field, f"{what}, or ask ListModels for a model with image_prompt")
+        return "", 0.0
+    image = source_image(given.image, f"{field}.image", faults)
+    scale = _shortest(given.scale) if given.HasField("scale") else 1.0
+    good = 0 <= scale <= MAX_IMAGE_PROMPT_SCALE
+    faults.check(good, f"{field}.scale", f"must be from 0 (no effect) to {MAX_IMAGE_PROMPT_SCALE:g}")
+    return (image, scale) if scale else ("", 0.0)
 
 
 def _seeds(message: pb.GenerationSpec, max_outputs: int, faults: Violations) -> tuple[int, ...]:

@@ -62,8 +62,7 @@ def model_message(
         component_times=[
             models_pb2.ComponentTime(component=component.value, times=_times(runtime.cost(pipeline.name, component)))
             for component in Component
-            if component is not Component.DENOISER
-            and (component is not Component.PREVIEW_DECODER or pipeline.has_preview_decoder)
+            if component is not Component.DENOISER and component in manifest.components
         ],
         tasks=[
             models_pb2.TASK_TEXT_TO_IMAGE,
@@ -71,6 +70,7 @@ def model_message(
         ],
         adapters=[models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank) for at in adapters],
         controls=[models_pb2.ControlInfo(name=name) for name in manifest.controls],
+        image_prompt=manifest.image_prompt is not None,
     )
 
 

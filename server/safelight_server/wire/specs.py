@@ -38,6 +38,9 @@ def spec_message(spec: Spec) -> pb.GenerationSpec:
         message.init_image, message.strength = image_name(spec.init_image), spec.strength
     if spec.mask:
         message.mask = image_name(spec.mask)
+    if spec.image_prompt:
+        message.image_prompt.image = image_name(spec.image_prompt)
+        message.image_prompt.scale = spec.image_prompt_scale
     return message
 
 

@@ -326,6 +326,7 @@ class GenerationSpec(_message.Message):
     GUIDANCE_INTERVAL_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     CONTROLS_FIELD_NUMBER: _builtins.int
+    IMAGE_PROMPT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's resource name, "models/{model}". Empty: the server's default."""
     prompt: _builtins.str
@@ -412,6 +413,13 @@ class GenerationSpec(_message.Message):
         order of their names, without those whose scale is 0.
         """
 
+    @_builtins.property
+    def image_prompt(self) -> Global___ImagePrompt:
+        """A picture that says what to draw beside the prompt (IP-Adapter). Only for
+        models with `Model.image_prompt`; INVALID_ARGUMENT names this field elsewhere.
+        Absent from `Accepted.spec` where its scale is 0.
+        """
+
     def __init__(
         self,
         *,
@@ -431,10 +439,11 @@ class GenerationSpec(_message.Message):
         guidance_interval: Global___GuidanceInterval | None = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         controls: _abc.Iterable[Global___Control] | None = ...,
+        image_prompt: Global___ImagePrompt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_prompt", b"image_prompt", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "adapters", b"adapters", "controls", b"controls", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "adapters", b"adapters", "controls", b"controls", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_prompt", b"image_prompt", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
     _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
@@ -526,6 +535,43 @@ class Control(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
 
 Global___Control: _TypeAlias = Control  # noqa: Y015
+
+@_typing.final
+class ImagePrompt(_message.Message):
+    """A picture as a prompt: the denoiser attends to it beside the text (IP-Adapter,
+    Ye et al. 2023). Unlike `GenerationSpec.init_image`, from which development
+    starts, it has no say in where things are. Requests with other pictures or none
+    share batches.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """The picture, named as `GenerationSpec.init_image` is, with the same errors.
+    Its upright centre is read, scaled to the square that the model takes.
+    Transparent parts count as white.
+    """
+    scale: _builtins.float
+    """How much it counts beside the prompt, from 0 to 2. Absent: 1. 0 is as if
+    there were no image prompt.
+    """
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "image", b"image", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___ImagePrompt: _TypeAlias = ImagePrompt  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):

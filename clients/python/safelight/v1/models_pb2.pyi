@@ -210,6 +210,7 @@ class Model(_message.Message):
     TASKS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     CONTROLS_FIELD_NUMBER: _builtins.int
+    IMAGE_PROMPT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}"."""
     revision: _builtins.str
@@ -224,6 +225,8 @@ class Model(_message.Message):
     """See `Accepted.numerics_id`."""
     is_default: _builtins.bool
     """True for the model that an empty `GenerationSpec.model` means."""
+    image_prompt: _builtins.bool
+    """Whether requests can have a `GenerationSpec.image_prompt`."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
         """Sizes offered, the default first."""
@@ -300,10 +303,11 @@ class Model(_message.Message):
         tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
         adapters: _abc.Iterable[Global___AdapterInfo] | None = ...,
         controls: _abc.Iterable[Global___ControlInfo] | None = ...,
+        image_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "component_times", b"component_times", "controls", b"controls", "defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "component_times", b"component_times", "controls", b"controls", "defaults", b"defaults", "description", b"description", "image_prompt", b"image_prompt", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,7 +508,7 @@ class ComponentTime(_message.Message):
     COMPONENT_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
     component: _builtins.str
-    """"text_encoder", "decoder", "preview_decoder" or "encoder"."""
+    """"text_encoder", "decoder", "preview_decoder", "encoder" or "image_encoder"."""
     @_builtins.property
     def times(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
         """One entry for each number of rows that was measured."""

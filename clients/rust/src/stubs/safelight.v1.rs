@@ -383,6 +383,11 @@ pub struct GenerationSpec {
     /// order of their names, without those whose scale is 0.
     #[prost(message, repeated, tag = "17")]
     pub controls: ::prost::alloc::vec::Vec<Control>,
+    /// A picture that says what to draw beside the prompt (IP-Adapter). Only for
+    /// models with `Model.image_prompt`; INVALID_ARGUMENT names this field elsewhere.
+    /// Absent from `Accepted.spec` where its scale is 0.
+    #[prost(message, optional, tag = "18")]
+    pub image_prompt: ::core::option::Option<ImagePrompt>,
 }
 /// A picture for a control network (Zhang et al. 2023), the strength of its
 /// effect, and the steps in which it acts. With N steps, counted from 0, it acts
@@ -412,6 +417,22 @@ pub struct Control {
     /// most 1. Absent: 1.
     #[prost(float, optional, tag = "5")]
     pub end: ::core::option::Option<f32>,
+}
+/// A picture as a prompt: the denoiser attends to it beside the text (IP-Adapter,
+/// Ye et al. 2023). Unlike `GenerationSpec.init_image`, from which development
+/// starts, it has no say in where things are. Requests with other pictures or none
+/// share batches.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ImagePrompt {
+    /// The picture, named as `GenerationSpec.init_image` is, with the same errors.
+    /// Its upright centre is read, scaled to the square that the model takes.
+    /// Transparent parts count as white.
+    #[prost(string, tag = "1")]
+    pub image: ::prost::alloc::string::String,
+    /// How much it counts beside the prompt, from 0 to 2. Absent: 1. 0 is as if
+    /// there were no image prompt.
+    #[prost(float, optional, tag = "2")]
+    pub scale: ::core::option::Option<f32>,
 }
 /// An adapter (LoRA: a low-rank update of the denoiser's weights, Hu et al. 2021)
 /// and how strongly it is applied.
@@ -2287,6 +2308,9 @@ pub struct Model {
     /// Control networks (ControlNet) that requests can use. Empty: none.
     #[prost(message, repeated, tag = "19")]
     pub controls: ::prost::alloc::vec::Vec<ControlInfo>,
+    /// Whether requests can have a `GenerationSpec.image_prompt`.
+    #[prost(bool, tag = "20")]
+    pub image_prompt: bool,
 }
 /// A control network of a model.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2368,7 +2392,7 @@ pub struct ModelLimits {
 /// Measured times of calls of one component.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ComponentTime {
-    /// "text_encoder", "decoder", "preview_decoder" or "encoder".
+    /// "text_encoder", "decoder", "preview_decoder", "encoder" or "image_encoder".
     #[prost(string, tag = "1")]
     pub component: ::prost::alloc::string::String,
     /// One entry for each number of rows that was measured.

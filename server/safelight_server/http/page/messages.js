@@ -200,10 +200,15 @@ export const MESSAGES = {
     guidance_interval: [14, "safelight.v1.GuidanceInterval"],
     adapters: [15, "safelight.v1.Adapter", "repeated"],
     controls: [17, "safelight.v1.Control", "repeated"],
+    image_prompt: [18, "safelight.v1.ImagePrompt"],
   },
   "safelight.v1.GuidanceInterval": {
     start: [1, "float", "optional"],
     end: [2, "float", "optional"],
+  },
+  "safelight.v1.ImagePrompt": {
+    image: [1, "string"],
+    scale: [2, "float", "optional"],
   },
   "safelight.v1.ListModelsRequest": {
     page_size: [1, "int32"],
@@ -234,6 +239,7 @@ export const MESSAGES = {
     tasks: [17, "int32", "repeated"],
     adapters: [18, "safelight.v1.AdapterInfo", "repeated"],
     controls: [19, "safelight.v1.ControlInfo", "repeated"],
+    image_prompt: [20, "bool"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],

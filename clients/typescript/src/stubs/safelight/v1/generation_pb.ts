@@ -25,7 +25,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/generation.proto.
  */
 export const file_safelight_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQi6AQKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsEicKCGFkYXB0ZXJzGA8gAygLMhUuc2FmZWxpZ2h0LnYxLkFkYXB0ZXISJwoIY29udHJvbHMYESADKAsyFS5zYWZlbGlnaHQudjEuQ29udHJvbEILCglfd2lkdGhfcHhCDAoKX2hlaWdodF9weEIWChRfbnVtX2luZmVyZW5jZV9zdGVwc0IRCg9fZ3VpZGFuY2Vfc2NhbGVCCwoJX3N0cmVuZ3RoQhMKEV9ndWlkYW5jZV9yZXNjYWxlInwKB0NvbnRyb2wSDAoEbmFtZRgBIAEoCRINCgVpbWFnZRgCIAEoCRISCgVzY2FsZRgDIAEoAkgAiAEBEhIKBXN0YXJ0GAQgASgCSAGIAQESEAoDZW5kGAUgASgCSAKIAQFCCAoGX3NjYWxlQggKBl9zdGFydEIGCgRfZW5kIjUKB0FkYXB0ZXISDAoEbmFtZRgBIAEoCRISCgVzY2FsZRgCIAEoAkgAiAEBQggKBl9zY2FsZSJKChBHdWlkYW5jZUludGVydmFsEhIKBXN0YXJ0GAEgASgCSACIAQESEAoDZW5kGAIgASgCSAGIAQFCCAoGX3N0YXJ0QgYKBF9lbmQigwEKBlByb21wdBInCgRyb2xlGAEgASgOMhkuc2FmZWxpZ2h0LnYxLlByb21wdC5Sb2xlEgwKBHRleHQYAiABKAkiQgoEUm9sZRIUChBST0xFX1VOU1BFQ0lGSUVEEAASEQoNUk9MRV9QT1NJVElWRRABEhEKDVJPTEVfTkVHQVRJVkUQAiKaAQoLU2FtcGxlclNwZWMSDAoEbmFtZRgBIAEoCRIzCg5zaWdtYV9zY2hlZHVsZRgCIAEoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi4KB3NwYWNpbmcYAyABKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nEhAKA2V0YRgEIAEoAkgAiAEBQgYKBF9ldGEiKAoKT3V0cHV0U3BlYxIRCgRzZWVkGAEgASgESACIAQFCBwoFX3NlZWQitAMKDVBpeGVsRW5jb2RpbmcSEgoKbWVkaWFfdHlwZRgBIAEoCRIUCgdxdWFsaXR5GAIgASgFSACIAQESIAoTcm93X2FsaWdubWVudF9ieXRlcxgDIAEoBUgBiAEBEjcKCXJvd19vcmRlchgEIAEoDjIkLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlJvd09yZGVyEkEKDnRleHR1cmVfZm9ybWF0GAUgASgOMikuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcuVGV4dHVyZUZvcm1hdCJWCghSb3dPcmRlchIZChVST1dfT1JERVJfVU5TUEVDSUZJRUQQABIWChJST1dfT1JERVJfVE9QX0RPV04QARIXChNST1dfT1JERVJfQk9UVE9NX1VQEAIiXwoNVGV4dHVyZUZvcm1hdBIeChpURVhUVVJFX0ZPUk1BVF9VTlNQRUNJRklFRBAAEhYKElRFWFRVUkVfRk9STUFUX0JDMRABEhYKElRFWFRVUkVfRk9STUFUX0JDNxACQgoKCF9xdWFsaXR5QhYKFF9yb3dfYWxpZ25tZW50X2J5dGVzIqYCCg1QcmV2aWV3UG9saWN5EisKBmFjY2VwdBgBIAMoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEhgKC21heF9lZGdlX3B4GAIgASgFSAGIAQESFwoNZXZlcnlfbl9zdGVwcxgDIAEoBUgAEjEKDG1pbl9pbnRlcnZhbBgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgAEisKBm1ldGhvZBgFIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEiEKFG1heF9ieXRlc19wZXJfc2Vjb25kGAYgASgDSAKIAQFCCQoHY2FkZW5jZUIOCgxfbWF4X2VkZ2VfcHhCFwoVX21heF9ieXRlc19wZXJfc2Vjb25kIjYKClNjaGVkdWxpbmcSKAoIcHJpb3JpdHkYASABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHki2wEKC0NhY2hlUG9saWN5EiwKBG1vZGUYASABKA4yHi5zYWZlbGlnaHQudjEuQ2FjaGVQb2xpY3kuTW9kZRIbCg5taW5fc2ltaWxhcml0eRgCIAEoAkgAiAEBIm4KBE1vZGUSFAoQTU9ERV9VTlNQRUNJRklFRBAAEhAKDE1PREVfREVGQVVMVBABEg8KC01PREVfQllQQVNTEAISFQoRTU9ERV9BTExPV19MQVRFTlQQAxIWChJNT0RFX0FMTE9XX1NJTUlMQVIQBEIRCg9fbWluX3NpbWlsYXJpdHkihgEKDFF1YWxpdHlGbG9vchIaCg1taW5fbnVtX3N0ZXBzGAEgASgFSACIAQESGAoQY2hlYXBlcl9wcmV2aWV3cxgCIAEoCBIbCg5taW5fc2ltaWxhcml0eRgDIAEoAkgBiAEBQhAKDl9taW5fbnVtX3N0ZXBzQhEKD19taW5fc2ltaWxhcml0eSJACgZCcmFuY2gSEgoKZ2VuZXJhdGlvbhgBIAEoCRIUCgxvdXRwdXRfaW5kZXgYAiABKAUSDAoEc3RlcBgDIAEoBSLCAQoQRGlzY29ubmVjdFBvbGljeRI1CgZhY3Rpb24YASABKA4yJS5zYWZlbGlnaHQudjEuRGlzY29ubmVjdFBvbGljeS5BY3Rpb24SLwoMcmVzdW1lX2dyYWNlGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIkYKBkFjdGlvbhIWChJBQ1RJT05fVU5TUEVDSUZJRUQQABIRCg1BQ1RJT05fQ0FOQ0VMEAESEQoNQUNUSU9OX0RFVEFDSBACIrYDCg9HZW5lcmF0aW9uRXZlbnQSEAoIc2VxdWVuY2UYASABKAQSLgoKZXZlbnRfdGltZRgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASEgoKZ2VuZXJhdGlvbhgDIAEoCRIqCghhY2NlcHRlZBgEIAEoCzIWLnNhZmVsaWdodC52MS5BY2NlcHRlZEgAEiYKBnF1ZXVlZBgFIAEoCzIULnNhZmVsaWdodC52MS5RdWV1ZWRIABIqCghwcm9ncmVzcxgGIAEoCzIWLnNhZmVsaWdodC52MS5Qcm9ncmVzc0gAEigKB3ByZXZpZXcYByABKAsyFS5zYWZlbGlnaHQudjEuUHJldmlld0gAEjUKDmFydGlmYWN0X2NodW5rGAggASgLMhsuc2FmZWxpZ2h0LnYxLkFydGlmYWN0Q2h1bmtIABI3Cg9vdXRwdXRfZmluaXNoZWQYCSABKAsyHC5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWRIABIqCghmaW5pc2hlZBgKIAEoCzIWLnNhZmVsaWdodC52MS5GaW5pc2hlZEgAQgcKBWV2ZW50Iq8DCghBY2NlcHRlZBIqCgRzcGVjGAEgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEhYKDm1vZGVsX3JldmlzaW9uGAIgASgJEhMKC251bWVyaWNzX2lkGAMgASgJEi0KCGVuY29kaW5nGAQgASgLMhsuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcSNQoSZXN0aW1hdGVkX2R1cmF0aW9uGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhAKCHRyYWNlX2lkGAYgASgJEicKCHdhcm5pbmdzGAcgAygLMhUuc2FmZWxpZ2h0LnYxLldhcm5pbmcSNQoKZHVyYWJpbGl0eRgIIAEoDjIhLnNhZmVsaWdodC52MS5BY2NlcHRlZC5EdXJhYmlsaXR5EhcKD2JhdGNoX3RvbGVyYW5jZRgJIAEoAiJZCgpEdXJhYmlsaXR5EhoKFkRVUkFCSUxJVFlfVU5TUEVDSUZJRUQQABIUChBEVVJBQklMSVRZX0xPQ0FMEAESGQoVRFVSQUJJTElUWV9SRVBMSUNBVEVEEAIiKgoHV2FybmluZxIOCgZyZWFzb24YASABKAkSDwoHbWVzc2FnZRgCIAEoCSJUCgZRdWV1ZWQSEAoIcG9zaXRpb24YASABKAUSOAoUZXN0aW1hdGVkX3N0YXJ0X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIo0BCghQcm9ncmVzcxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRIRCgludW1fc3RlcHMYAyABKAUSEgoKYmF0Y2hfc2l6ZRgEIAEoBRI2ChNlc3RpbWF0ZWRfcmVtYWluaW5nGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIswBCgdQcmV2aWV3EhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhIKCm1lZGlhX3R5cGUYAyABKAkSEAoId2lkdGhfcHgYBCABKAUSEQoJaGVpZ2h0X3B4GAUgASgFEhQKDHN0cmlkZV9ieXRlcxgGIAEoBRIrCgZtZXRob2QYByABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgtudW1fZHJvcHBlZBgIIAEoBRIMCgRkYXRhGAkgASgMIrcBCg1BcnRpZmFjdENodW5rEhQKDG91dHB1dF9pbmRleBgBIAEoBRISCgptZWRpYV90eXBlGAIgASgJEhAKCHdpZHRoX3B4GAMgASgFEhEKCWhlaWdodF9weBgEIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBSABKAUSDgoGb2Zmc2V0GAYgASgDEhMKC3RvdGFsX2J5dGVzGAcgASgDEgwKBGRhdGEYCCABKAwSDgoGc2hhMjU2GAkgASgMIp8CCg5PdXRwdXRGaW5pc2hlZBIUCgxvdXRwdXRfaW5kZXgYASABKAUSQAoNZmluaXNoX3JlYXNvbhgCIAEoDjIpLnNhZmVsaWdodC52MS5PdXRwdXRGaW5pc2hlZC5GaW5pc2hSZWFzb24SDAoEc3RlcBgDIAEoBSKmAQoMRmluaXNoUmVhc29uEh0KGUZJTklTSF9SRUFTT05fVU5TUEVDSUZJRUQQABIbChdGSU5JU0hfUkVBU09OX0NPTVBMRVRFRBABEhsKF0ZJTklTSF9SRUFTT05fQ0FOQ0VMTEVEEAISIwofRklOSVNIX1JFQVNPTl9ERUFETElORV9FWENFRURFRBADEhgKFEZJTklTSF9SRUFTT05fRkFJTEVEEAQi3QEKCEZpbmlzaGVkEiIKBnN0YXR1cxgBIAEoCzISLmdvb2dsZS5ycGMuU3RhdHVzEiIKBXVzYWdlGAIgASgLMhMuc2FmZWxpZ2h0LnYxLlVzYWdlEiYKB3RpbWluZ3MYAyABKAsyFS5zYWZlbGlnaHQudjEuVGltaW5ncxIwCg1jYWNoZV9yZXN1bHRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLkNhY2hlUmVzdWx0Ei8KDGRlZ3JhZGF0aW9ucxgFIAMoCzIZLnNhZmVsaWdodC52MS5EZWdyYWRhdGlvbiLIAQoLRGVncmFkYXRpb24SLAoEa2luZBgBIAEoDjIeLnNhZmVsaWdodC52MS5EZWdyYWRhdGlvbi5LaW5kEhEKCXJlcXVlc3RlZBgCIAEoCRIPCgdhcHBsaWVkGAMgASgJImcKBEtpbmQSFAoQS0lORF9VTlNQRUNJRklFRBAAEhQKEEtJTkRfRkVXRVJfU1RFUFMQARIZChVLSU5EX0NIRUFQRVJfUFJFVklFV1MQAhIYChRLSU5EX1NJTUlMQVJfUElDVFVSRRADIt0CCgtDYWNoZVJlc3VsdBI6CgtkaXNwb3NpdGlvbhgBIAEoDjIlLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdC5EaXNwb3NpdGlvbhISCgpzaW1pbGFyaXR5GAIgASgCEg4KBnNvdXJjZRgDIAEoCRIZChFudW1fc3RlcHNfc2tpcHBlZBgEIAEoBRITCgtudW1lcmljc19pZBgFIAEoCSK9AQoLRGlzcG9zaXRpb24SGwoXRElTUE9TSVRJT05fVU5TUEVDSUZJRUQQABIUChBESVNQT1NJVElPTl9NSVNTEAESGQoVRElTUE9TSVRJT05fQ09BTEVTQ0VEEAISFQoRRElTUE9TSVRJT05fRVhBQ1QQAxIXChNESVNQT1NJVElPTl9TSU1JTEFSEAQSFgoSRElTUE9TSVRJT05fTEFURU5UEAUSGAoURElTUE9TSVRJT05fQlJBTkNIRUQQBiLGAQoFVXNhZ2USLwoMY29tcHV0ZV90aW1lGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhAKCG51bV9yb3dzGAIgASgDEhEKCW51bV9zdGVwcxgDIAEoAxIUCgxudW1fcHJldmlld3MYBCABKAMSFQoNcHJldmlld19ieXRlcxgFIAEoAxIgCgRjb3N0GAYgASgLMhIuc2FmZWxpZ2h0LnYxLkNvc3QSGAoQbnVtX3Jvd3Nfc2tpcHBlZBgHIAEoAyIsCgRDb3N0EhUKDWN1cnJlbmN5X2NvZGUYASABKAkSDQoFbmFub3MYAiABKAMi5gEKB1RpbWluZ3MSKAoFcXVldWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMAoNZmlyc3RfcHJldmlldxgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIqCgdkZW5vaXNlGAMgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEikKBmRlY29kZRgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIoCgV0b3RhbBgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiKkAQoWV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJEhYKDmFmdGVyX3NlcXVlbmNlGAIgASgEEjYKEGFydGlmYWN0X29mZnNldHMYAyADKAsyHC5zYWZlbGlnaHQudjEuQXJ0aWZhY3RPZmZzZXQSLAoHcHJldmlldxgEIAEoCzIbLnNhZmVsaWdodC52MS5QcmV2aWV3UG9saWN5IjYKDkFydGlmYWN0T2Zmc2V0EhQKDG91dHB1dF9pbmRleBgBIAEoBRIOCgZvZmZzZXQYAiABKAMiRwoXV2F0Y2hHZW5lcmF0aW9uUmVzcG9uc2USLAoFZXZlbnQYASABKAsyHS5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbkV2ZW50IoMBChdVcGRhdGVHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJEiwKB3ByZXZpZXcYAiABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRIsCgpzY2hlZHVsaW5nGAMgASgLMhguc2FmZWxpZ2h0LnYxLlNjaGVkdWxpbmciSAoYVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiInChdDYW5jZWxHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJIkgKGENhbmNlbEdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJAoUR2V0R2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJFChVHZXRHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIrkFCgpHZW5lcmF0aW9uEgwKBG5hbWUYASABKAkSLQoFc3RhdGUYAiABKA4yHi5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbi5TdGF0ZRIqCgRzcGVjGAMgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEioKB291dHB1dHMYBCADKAsyGS5zYWZlbGlnaHQudjEuT3V0cHV0U3RhdGUSKAoIcHJpb3JpdHkYBSABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHkSNAoGbGFiZWxzGAYgAygLMiQuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uTGFiZWxzRW50cnkSLwoLY3JlYXRlX3RpbWUYByABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi8KC2ZpbmlzaF90aW1lGAggASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIiCgZzdGF0dXMYCSABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgKIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRIVCg1sYXN0X3NlcXVlbmNlGAsgASgEEi8KDGRlZ3JhZGF0aW9ucxgMIAMoCzIZLnNhZmVsaWdodC52MS5EZWdyYWRhdGlvbhotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIpQBCgVTdGF0ZRIVChFTVEFURV9VTlNQRUNJRklFRBAAEhAKDFNUQVRFX1FVRVVFRBABEhEKDVNUQVRFX1JVTk5JTkcQAhITCg9TVEFURV9TVVNQRU5ERUQQAxITCg9TVEFURV9TVUNDRUVERUQQBBITCg9TVEFURV9DQU5DRUxMRUQQBRIQCgxTVEFURV9GQUlMRUQQBiKbAQoLT3V0cHV0U3RhdGUSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEkAKDWZpbmlzaF9yZWFzb24YBCABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEhMKC3RvdGFsX2J5dGVzGAUgASgDKmYKDVNpZ21hU2NoZWR1bGUSHgoaU0lHTUFfU0NIRURVTEVfVU5TUEVDSUZJRUQQABIaChZTSUdNQV9TQ0hFRFVMRV9ERUZBVUxUEAESGQoVU0lHTUFfU0NIRURVTEVfS0FSUkFTEAIqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq+AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIZChVQUkVWSUVXX01FVEhPRF9MSU5FQVIQAhIfChtQUkVWSUVXX01FVEhPRF9USU5ZX0RFQ09ERVIQAxIfChtQUkVWSUVXX01FVEhPRF9GVUxMX0RFQ09ERVIQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUqaQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhUKEVBSSU9SSVRZX1NUQU5EQVJEEAISEgoOUFJJT1JJVFlfQkFUQ0gQAzLiAwoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJgCg9XYXRjaEdlbmVyYXRpb24SJC5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBolLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXNwb25zZTABEmEKEFVwZGF0ZUdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEmEKEENhbmNlbEdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlElgKDUdldEdlbmVyYXRpb24SIi5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlcXVlc3QaIy5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
+  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQimQUKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsEicKCGFkYXB0ZXJzGA8gAygLMhUuc2FmZWxpZ2h0LnYxLkFkYXB0ZXISJwoIY29udHJvbHMYESADKAsyFS5zYWZlbGlnaHQudjEuQ29udHJvbBIvCgxpbWFnZV9wcm9tcHQYEiABKAsyGS5zYWZlbGlnaHQudjEuSW1hZ2VQcm9tcHRCCwoJX3dpZHRoX3B4QgwKCl9oZWlnaHRfcHhCFgoUX251bV9pbmZlcmVuY2Vfc3RlcHNCEQoPX2d1aWRhbmNlX3NjYWxlQgsKCV9zdHJlbmd0aEITChFfZ3VpZGFuY2VfcmVzY2FsZSJ8CgdDb250cm9sEgwKBG5hbWUYASABKAkSDQoFaW1hZ2UYAiABKAkSEgoFc2NhbGUYAyABKAJIAIgBARISCgVzdGFydBgEIAEoAkgBiAEBEhAKA2VuZBgFIAEoAkgCiAEBQggKBl9zY2FsZUIICgZfc3RhcnRCBgoEX2VuZCI6CgtJbWFnZVByb21wdBINCgVpbWFnZRgBIAEoCRISCgVzY2FsZRgCIAEoAkgAiAEBQggKBl9zY2FsZSI1CgdBZGFwdGVyEgwKBG5hbWUYASABKAkSEgoFc2NhbGUYAiABKAJIAIgBAUIICgZfc2NhbGUiSgoQR3VpZGFuY2VJbnRlcnZhbBISCgVzdGFydBgBIAEoAkgAiAEBEhAKA2VuZBgCIAEoAkgBiAEBQggKBl9zdGFydEIGCgRfZW5kIoMBCgZQcm9tcHQSJwoEcm9sZRgBIAEoDjIZLnNhZmVsaWdodC52MS5Qcm9tcHQuUm9sZRIMCgR0ZXh0GAIgASgJIkIKBFJvbGUSFAoQUk9MRV9VTlNQRUNJRklFRBAAEhEKDVJPTEVfUE9TSVRJVkUQARIRCg1ST0xFX05FR0FUSVZFEAIimgEKC1NhbXBsZXJTcGVjEgwKBG5hbWUYASABKAkSMwoOc2lnbWFfc2NoZWR1bGUYAiABKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIuCgdzcGFjaW5nGAMgASgOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZxIQCgNldGEYBCABKAJIAIgBAUIGCgRfZXRhIigKCk91dHB1dFNwZWMSEQoEc2VlZBgBIAEoBEgAiAEBQgcKBV9zZWVkIrQDCg1QaXhlbEVuY29kaW5nEhIKCm1lZGlhX3R5cGUYASABKAkSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEiAKE3Jvd19hbGlnbm1lbnRfYnl0ZXMYAyABKAVIAYgBARI3Cglyb3dfb3JkZXIYBCABKA4yJC5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZy5Sb3dPcmRlchJBCg50ZXh0dXJlX2Zvcm1hdBgFIAEoDjIpLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlRleHR1cmVGb3JtYXQiVgoIUm93T3JkZXISGQoVUk9XX09SREVSX1VOU1BFQ0lGSUVEEAASFgoSUk9XX09SREVSX1RPUF9ET1dOEAESFwoTUk9XX09SREVSX0JPVFRPTV9VUBACIl8KDVRleHR1cmVGb3JtYXQSHgoaVEVYVFVSRV9GT1JNQVRfVU5TUEVDSUZJRUQQABIWChJURVhUVVJFX0ZPUk1BVF9CQzEQARIWChJURVhUVVJFX0ZPUk1BVF9CQzcQAkIKCghfcXVhbGl0eUIWChRfcm93X2FsaWdubWVudF9ieXRlcyKmAgoNUHJldmlld1BvbGljeRIrCgZhY2NlcHQYASADKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxIYCgttYXhfZWRnZV9weBgCIAEoBUgBiAEBEhcKDWV2ZXJ5X25fc3RlcHMYAyABKAVIABIxCgxtaW5faW50ZXJ2YWwYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25IABIrCgZtZXRob2QYBSABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBIhChRtYXhfYnl0ZXNfcGVyX3NlY29uZBgGIAEoA0gCiAEBQgkKB2NhZGVuY2VCDgoMX21heF9lZGdlX3B4QhcKFV9tYXhfYnl0ZXNfcGVyX3NlY29uZCI2CgpTY2hlZHVsaW5nEigKCHByaW9yaXR5GAEgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5ItsBCgtDYWNoZVBvbGljeRIsCgRtb2RlGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkNhY2hlUG9saWN5Lk1vZGUSGwoObWluX3NpbWlsYXJpdHkYAiABKAJIAIgBASJuCgRNb2RlEhQKEE1PREVfVU5TUEVDSUZJRUQQABIQCgxNT0RFX0RFRkFVTFQQARIPCgtNT0RFX0JZUEFTUxACEhUKEU1PREVfQUxMT1dfTEFURU5UEAMSFgoSTU9ERV9BTExPV19TSU1JTEFSEARCEQoPX21pbl9zaW1pbGFyaXR5IoYBCgxRdWFsaXR5Rmxvb3ISGgoNbWluX251bV9zdGVwcxgBIAEoBUgAiAEBEhgKEGNoZWFwZXJfcHJldmlld3MYAiABKAgSGwoObWluX3NpbWlsYXJpdHkYAyABKAJIAYgBAUIQCg5fbWluX251bV9zdGVwc0IRCg9fbWluX3NpbWlsYXJpdHkiQAoGQnJhbmNoEhIKCmdlbmVyYXRpb24YASABKAkSFAoMb3V0cHV0X2luZGV4GAIgASgFEgwKBHN0ZXAYAyABKAUiwgEKEERpc2Nvbm5lY3RQb2xpY3kSNQoGYWN0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kuQWN0aW9uEi8KDHJlc3VtZV9ncmFjZRgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJGCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASEQoNQUNUSU9OX0NBTkNFTBABEhEKDUFDVElPTl9ERVRBQ0gQAiK2AwoPR2VuZXJhdGlvbkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEi4KCmV2ZW50X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhIKCmdlbmVyYXRpb24YAyABKAkSKgoIYWNjZXB0ZWQYBCABKAsyFi5zYWZlbGlnaHQudjEuQWNjZXB0ZWRIABImCgZxdWV1ZWQYBSABKAsyFC5zYWZlbGlnaHQudjEuUXVldWVkSAASKgoIcHJvZ3Jlc3MYBiABKAsyFi5zYWZlbGlnaHQudjEuUHJvZ3Jlc3NIABIoCgdwcmV2aWV3GAcgASgLMhUuc2FmZWxpZ2h0LnYxLlByZXZpZXdIABI1Cg5hcnRpZmFjdF9jaHVuaxgIIAEoCzIbLnNhZmVsaWdodC52MS5BcnRpZmFjdENodW5rSAASNwoPb3V0cHV0X2ZpbmlzaGVkGAkgASgLMhwuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkSAASKgoIZmluaXNoZWQYCiABKAsyFi5zYWZlbGlnaHQudjEuRmluaXNoZWRIAEIHCgVldmVudCKvAwoIQWNjZXB0ZWQSKgoEc3BlYxgBIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIWCg5tb2RlbF9yZXZpc2lvbhgCIAEoCRITCgtudW1lcmljc19pZBgDIAEoCRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEjUKEmVzdGltYXRlZF9kdXJhdGlvbhgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCgh0cmFjZV9pZBgGIAEoCRInCgh3YXJuaW5ncxgHIAMoCzIVLnNhZmVsaWdodC52MS5XYXJuaW5nEjUKCmR1cmFiaWxpdHkYCCABKA4yIS5zYWZlbGlnaHQudjEuQWNjZXB0ZWQuRHVyYWJpbGl0eRIXCg9iYXRjaF90b2xlcmFuY2UYCSABKAIiWQoKRHVyYWJpbGl0eRIaChZEVVJBQklMSVRZX1VOU1BFQ0lGSUVEEAASFAoQRFVSQUJJTElUWV9MT0NBTBABEhkKFURVUkFCSUxJVFlfUkVQTElDQVRFRBACIioKB1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkiVAoGUXVldWVkEhAKCHBvc2l0aW9uGAEgASgFEjgKFGVzdGltYXRlZF9zdGFydF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCKNAQoIUHJvZ3Jlc3MSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEhIKCmJhdGNoX3NpemUYBCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiLMAQoHUHJldmlldxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRISCgptZWRpYV90eXBlGAMgASgJEhAKCHdpZHRoX3B4GAQgASgFEhEKCWhlaWdodF9weBgFIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBiABKAUSKwoGbWV0aG9kGAcgASgOMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdNZXRob2QSEwoLbnVtX2Ryb3BwZWQYCCABKAUSDAoEZGF0YRgJIAEoDCK3AQoNQXJ0aWZhY3RDaHVuaxIUCgxvdXRwdXRfaW5kZXgYASABKAUSEgoKbWVkaWFfdHlwZRgCIAEoCRIQCgh3aWR0aF9weBgDIAEoBRIRCgloZWlnaHRfcHgYBCABKAUSFAoMc3RyaWRlX2J5dGVzGAUgASgFEg4KBm9mZnNldBgGIAEoAxITCgt0b3RhbF9ieXRlcxgHIAEoAxIMCgRkYXRhGAggASgMEg4KBnNoYTI1NhgJIAEoDCKfAgoOT3V0cHV0RmluaXNoZWQSFAoMb3V0cHV0X2luZGV4GAEgASgFEkAKDWZpbmlzaF9yZWFzb24YAiABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEgwKBHN0ZXAYAyABKAUipgEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASGwoXRklOSVNIX1JFQVNPTl9DT01QTEVURUQQARIbChdGSU5JU0hfUkVBU09OX0NBTkNFTExFRBACEiMKH0ZJTklTSF9SRUFTT05fREVBRExJTkVfRVhDRUVERUQQAxIYChRGSU5JU0hfUkVBU09OX0ZBSUxFRBAEIt0BCghGaW5pc2hlZBIiCgZzdGF0dXMYASABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgCIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRImCgd0aW1pbmdzGAMgASgLMhUuc2FmZWxpZ2h0LnYxLlRpbWluZ3MSMAoNY2FjaGVfcmVzdWx0cxgEIAMoCzIZLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdBIvCgxkZWdyYWRhdGlvbnMYBSADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24iyAEKC0RlZ3JhZGF0aW9uEiwKBGtpbmQYASABKA4yHi5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24uS2luZBIRCglyZXF1ZXN0ZWQYAiABKAkSDwoHYXBwbGllZBgDIAEoCSJnCgRLaW5kEhQKEEtJTkRfVU5TUEVDSUZJRUQQABIUChBLSU5EX0ZFV0VSX1NURVBTEAESGQoVS0lORF9DSEVBUEVSX1BSRVZJRVdTEAISGAoUS0lORF9TSU1JTEFSX1BJQ1RVUkUQAyLdAgoLQ2FjaGVSZXN1bHQSOgoLZGlzcG9zaXRpb24YASABKA4yJS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQuRGlzcG9zaXRpb24SEgoKc2ltaWxhcml0eRgCIAEoAhIOCgZzb3VyY2UYAyABKAkSGQoRbnVtX3N0ZXBzX3NraXBwZWQYBCABKAUSEwoLbnVtZXJpY3NfaWQYBSABKAkivQEKC0Rpc3Bvc2l0aW9uEhsKF0RJU1BPU0lUSU9OX1VOU1BFQ0lGSUVEEAASFAoQRElTUE9TSVRJT05fTUlTUxABEhkKFURJU1BPU0lUSU9OX0NPQUxFU0NFRBACEhUKEURJU1BPU0lUSU9OX0VYQUNUEAMSFwoTRElTUE9TSVRJT05fU0lNSUxBUhAEEhYKEkRJU1BPU0lUSU9OX0xBVEVOVBAFEhgKFERJU1BPU0lUSU9OX0JSQU5DSEVEEAYixgEKBVVzYWdlEi8KDGNvbXB1dGVfdGltZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCghudW1fcm93cxgCIAEoAxIRCgludW1fc3RlcHMYAyABKAMSFAoMbnVtX3ByZXZpZXdzGAQgASgDEhUKDXByZXZpZXdfYnl0ZXMYBSABKAMSIAoEY29zdBgGIAEoCzISLnNhZmVsaWdodC52MS5Db3N0EhgKEG51bV9yb3dzX3NraXBwZWQYByABKAMiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiK5BQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBIvCgxkZWdyYWRhdGlvbnMYDCADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24aLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASKUAQoFU3RhdGUSFQoRU1RBVEVfVU5TUEVDSUZJRUQQABIQCgxTVEFURV9RVUVVRUQQARIRCg1TVEFURV9SVU5OSU5HEAISEwoPU1RBVEVfU1VTUEVOREVEEAMSEwoPU1RBVEVfU1VDQ0VFREVEEAQSEwoPU1RBVEVfQ0FOQ0VMTEVEEAUSEAoMU1RBVEVfRkFJTEVEEAYimwEKC091dHB1dFN0YXRlEhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhEKCW51bV9zdGVwcxgDIAEoBRJACg1maW5pc2hfcmVhc29uGAQgASgOMikuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkLkZpbmlzaFJlYXNvbhITCgt0b3RhbF9ieXRlcxgFIAEoAypmCg1TaWdtYVNjaGVkdWxlEh4KGlNJR01BX1NDSEVEVUxFX1VOU1BFQ0lGSUVEEAASGgoWU0lHTUFfU0NIRURVTEVfREVGQVVMVBABEhkKFVNJR01BX1NDSEVEVUxFX0tBUlJBUxACKo8BCg9UaW1lc3RlcFNwYWNpbmcSIAocVElNRVNURVBfU1BBQ0lOR19VTlNQRUNJRklFRBAAEhwKGFRJTUVTVEVQX1NQQUNJTkdfTEVBRElORxABEh0KGVRJTUVTVEVQX1NQQUNJTkdfVFJBSUxJTkcQAhIdChlUSU1FU1RFUF9TUEFDSU5HX0xJTlNQQUNFEAMqvgEKDVByZXZpZXdNZXRob2QSHgoaUFJFVklFV19NRVRIT0RfVU5TUEVDSUZJRUQQABIXChNQUkVWSUVXX01FVEhPRF9BVVRPEAESGQoVUFJFVklFV19NRVRIT0RfTElORUFSEAISHwobUFJFVklFV19NRVRIT0RfVElOWV9ERUNPREVSEAMSHwobUFJFVklFV19NRVRIT0RfRlVMTF9ERUNPREVSEAQSFwoTUFJFVklFV19NRVRIT0RfTk9ORRAFKmkKCFByaW9yaXR5EhgKFFBSSU9SSVRZX1VOU1BFQ0lGSUVEEAASGAoUUFJJT1JJVFlfSU5URVJBQ1RJVkUQARIVChFQUklPUklUWV9TVEFOREFSRBACEhIKDlBSSU9SSVRZX0JBVENIEAMy4gMKEUdlbmVyYXRpb25TZXJ2aWNlEksKCEdlbmVyYXRlEh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdBoeLnNhZmVsaWdodC52MS5HZW5lcmF0ZVJlc3BvbnNlMAESYAoPV2F0Y2hHZW5lcmF0aW9uEiQuc2FmZWxpZ2h0LnYxLldhdGNoR2VuZXJhdGlvblJlcXVlc3QaJS5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVzcG9uc2UwARJhChBVcGRhdGVHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRJhChBDYW5jZWxHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXNwb25zZRJYCg1HZXRHZW5lcmF0aW9uEiIuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXF1ZXN0GiMuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
 
 /**
  * Asks for one or more pictures. Only a prompt is needed.
@@ -295,6 +295,15 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
    * @generated from field: repeated safelight.v1.Control controls = 17;
    */
   controls: Control[];
+
+  /**
+   * A picture that says what to draw beside the prompt (IP-Adapter). Only for
+   * models with `Model.image_prompt`; INVALID_ARGUMENT names this field elsewhere.
+   * Absent from `Accepted.spec` where its scale is 0.
+   *
+   * @generated from field: safelight.v1.ImagePrompt image_prompt = 18;
+   */
+  imagePrompt?: ImagePrompt | undefined;
 };
 
 /**
@@ -364,6 +373,40 @@ export const ControlSchema: GenMessage<Control> = /*@__PURE__*/
   messageDesc(file_safelight_v1_generation, 3);
 
 /**
+ * A picture as a prompt: the denoiser attends to it beside the text (IP-Adapter,
+ * Ye et al. 2023). Unlike `GenerationSpec.init_image`, from which development
+ * starts, it has no say in where things are. Requests with other pictures or none
+ * share batches.
+ *
+ * @generated from message safelight.v1.ImagePrompt
+ */
+export type ImagePrompt = Message<"safelight.v1.ImagePrompt"> & {
+  /**
+   * The picture, named as `GenerationSpec.init_image` is, with the same errors.
+   * Its upright centre is read, scaled to the square that the model takes.
+   * Transparent parts count as white.
+   *
+   * @generated from field: string image = 1;
+   */
+  image: string;
+
+  /**
+   * How much it counts beside the prompt, from 0 to 2. Absent: 1. 0 is as if
+   * there were no image prompt.
+   *
+   * @generated from field: optional float scale = 2;
+   */
+  scale?: number | undefined;
+};
+
+/**
+ * Describes the message safelight.v1.ImagePrompt.
+ * Use `create(ImagePromptSchema)` to create a new message.
+ */
+export const ImagePromptSchema: GenMessage<ImagePrompt> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 4);
+
+/**
  * An adapter (LoRA: a low-rank update of the denoiser's weights, Hu et al. 2021)
  * and how strongly it is applied.
  *
@@ -391,7 +434,7 @@ export type Adapter = Message<"safelight.v1.Adapter"> & {
  * Use `create(AdapterSchema)` to create a new message.
  */
 export const AdapterSchema: GenMessage<Adapter> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 4);
+  messageDesc(file_safelight_v1_generation, 5);
 
 /**
  * The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
@@ -423,7 +466,7 @@ export type GuidanceInterval = Message<"safelight.v1.GuidanceInterval"> & {
  * Use `create(GuidanceIntervalSchema)` to create a new message.
  */
 export const GuidanceIntervalSchema: GenMessage<GuidanceInterval> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 5);
+  messageDesc(file_safelight_v1_generation, 6);
 
 /**
  * A text that guides the denoiser.
@@ -453,7 +496,7 @@ export type Prompt = Message<"safelight.v1.Prompt"> & {
  * Use `create(PromptSchema)` to create a new message.
  */
 export const PromptSchema: GenMessage<Prompt> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 6);
+  messageDesc(file_safelight_v1_generation, 7);
 
 /**
  * What the text is for.
@@ -488,7 +531,7 @@ export enum Prompt_Role {
  * Describes the enum safelight.v1.Prompt.Role.
  */
 export const Prompt_RoleSchema: GenEnum<Prompt_Role> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 6, 0);
+  enumDesc(file_safelight_v1_generation, 7, 0);
 
 /**
  * The numerics that turn noise predictions into the next latent.
@@ -533,7 +576,7 @@ export type SamplerSpec = Message<"safelight.v1.SamplerSpec"> & {
  * Use `create(SamplerSpecSchema)` to create a new message.
  */
 export const SamplerSpecSchema: GenMessage<SamplerSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 7);
+  messageDesc(file_safelight_v1_generation, 8);
 
 /**
  * One picture to develop.
@@ -555,7 +598,7 @@ export type OutputSpec = Message<"safelight.v1.OutputSpec"> & {
  * Use `create(OutputSpecSchema)` to create a new message.
  */
 export const OutputSpecSchema: GenMessage<OutputSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 8);
+  messageDesc(file_safelight_v1_generation, 9);
 
 /**
  * How a picture is encoded. Pixels are sRGB with straight alpha.
@@ -608,7 +651,7 @@ export type PixelEncoding = Message<"safelight.v1.PixelEncoding"> & {
  * Use `create(PixelEncodingSchema)` to create a new message.
  */
 export const PixelEncodingSchema: GenMessage<PixelEncoding> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 9);
+  messageDesc(file_safelight_v1_generation, 10);
 
 /**
  * Order of the rows of raw pixels and of textures.
@@ -642,7 +685,7 @@ export enum PixelEncoding_RowOrder {
  * Describes the enum safelight.v1.PixelEncoding.RowOrder.
  */
 export const PixelEncoding_RowOrderSchema: GenEnum<PixelEncoding_RowOrder> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 9, 0);
+  enumDesc(file_safelight_v1_generation, 10, 0);
 
 /**
  * How the blocks of a texture are compressed.
@@ -677,7 +720,7 @@ export enum PixelEncoding_TextureFormat {
  * Describes the enum safelight.v1.PixelEncoding.TextureFormat.
  */
 export const PixelEncoding_TextureFormatSchema: GenEnum<PixelEncoding_TextureFormat> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 9, 1);
+  enumDesc(file_safelight_v1_generation, 10, 1);
 
 /**
  * Which previews to send on a stream. A preview is made only when its stream can
@@ -751,7 +794,7 @@ export type PreviewPolicy = Message<"safelight.v1.PreviewPolicy"> & {
  * Use `create(PreviewPolicySchema)` to create a new message.
  */
 export const PreviewPolicySchema: GenMessage<PreviewPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 10);
+  messageDesc(file_safelight_v1_generation, 11);
 
 /**
  * How urgent a generation is.
@@ -772,7 +815,7 @@ export type Scheduling = Message<"safelight.v1.Scheduling"> & {
  * Use `create(SchedulingSchema)` to create a new message.
  */
 export const SchedulingSchema: GenMessage<Scheduling> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 11);
+  messageDesc(file_safelight_v1_generation, 12);
 
 /**
  * Whether results of other requests, finished or still under way, may serve a
@@ -805,7 +848,7 @@ export type CachePolicy = Message<"safelight.v1.CachePolicy"> & {
  * Use `create(CachePolicySchema)` to create a new message.
  */
 export const CachePolicySchema: GenMessage<CachePolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 12);
+  messageDesc(file_safelight_v1_generation, 13);
 
 /**
  * Which results may serve a request.
@@ -858,7 +901,7 @@ export enum CachePolicy_Mode {
  * Describes the enum safelight.v1.CachePolicy.Mode.
  */
 export const CachePolicy_ModeSchema: GenEnum<CachePolicy_Mode> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 12, 0);
+  enumDesc(file_safelight_v1_generation, 13, 0);
 
 /**
  * How far the server may lower the quality of a request while its priority class
@@ -906,7 +949,7 @@ export type QualityFloor = Message<"safelight.v1.QualityFloor"> & {
  * Use `create(QualityFloorSchema)` to create a new message.
  */
 export const QualityFloorSchema: GenMessage<QualityFloor> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 13);
+  messageDesc(file_safelight_v1_generation, 14);
 
 /**
  * A point in the development of another output.
@@ -943,7 +986,7 @@ export type Branch = Message<"safelight.v1.Branch"> & {
  * Use `create(BranchSchema)` to create a new message.
  */
 export const BranchSchema: GenMessage<Branch> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 14);
+  messageDesc(file_safelight_v1_generation, 15);
 
 /**
  * What happens when the last stream of a generation is lost.
@@ -972,7 +1015,7 @@ export type DisconnectPolicy = Message<"safelight.v1.DisconnectPolicy"> & {
  * Use `create(DisconnectPolicySchema)` to create a new message.
  */
 export const DisconnectPolicySchema: GenMessage<DisconnectPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 15);
+  messageDesc(file_safelight_v1_generation, 16);
 
 /**
  * What happens when the last stream is lost.
@@ -1008,7 +1051,7 @@ export enum DisconnectPolicy_Action {
  * Describes the enum safelight.v1.DisconnectPolicy.Action.
  */
 export const DisconnectPolicy_ActionSchema: GenEnum<DisconnectPolicy_Action> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 15, 0);
+  enumDesc(file_safelight_v1_generation, 16, 0);
 
 /**
  * Something that happened to a generation. Accepted, ArtifactChunk, OutputFinished
@@ -1111,7 +1154,7 @@ export type GenerationEvent = Message<"safelight.v1.GenerationEvent"> & {
  * Use `create(GenerationEventSchema)` to create a new message.
  */
 export const GenerationEventSchema: GenMessage<GenerationEvent> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 16);
+  messageDesc(file_safelight_v1_generation, 17);
 
 /**
  * The request was admitted.
@@ -1196,7 +1239,7 @@ export type Accepted = Message<"safelight.v1.Accepted"> & {
  * Use `create(AcceptedSchema)` to create a new message.
  */
 export const AcceptedSchema: GenMessage<Accepted> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 17);
+  messageDesc(file_safelight_v1_generation, 18);
 
 /**
  * Whether an accepted generation survives the loss of its server.
@@ -1232,7 +1275,7 @@ export enum Accepted_Durability {
  * Describes the enum safelight.v1.Accepted.Durability.
  */
 export const Accepted_DurabilitySchema: GenEnum<Accepted_Durability> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 17, 0);
+  enumDesc(file_safelight_v1_generation, 18, 0);
 
 /**
  * Something the caller should know that did not stop the request.
@@ -1260,7 +1303,7 @@ export type Warning = Message<"safelight.v1.Warning"> & {
  * Use `create(WarningSchema)` to create a new message.
  */
 export const WarningSchema: GenMessage<Warning> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 18);
+  messageDesc(file_safelight_v1_generation, 19);
 
 /**
  * The generation waits in the queue.
@@ -1288,7 +1331,7 @@ export type Queued = Message<"safelight.v1.Queued"> & {
  * Use `create(QueuedSchema)` to create a new message.
  */
 export const QueuedSchema: GenMessage<Queued> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 19);
+  messageDesc(file_safelight_v1_generation, 20);
 
 /**
  * An output has made a step.
@@ -1337,7 +1380,7 @@ export type Progress = Message<"safelight.v1.Progress"> & {
  * Use `create(ProgressSchema)` to create a new message.
  */
 export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 20);
+  messageDesc(file_safelight_v1_generation, 21);
 
 /**
  * How an output looks at a step: its denoised estimate, decoded.
@@ -1415,7 +1458,7 @@ export type Preview = Message<"safelight.v1.Preview"> & {
  * Use `create(PreviewSchema)` to create a new message.
  */
 export const PreviewSchema: GenMessage<Preview> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 21);
+  messageDesc(file_safelight_v1_generation, 22);
 
 /**
  * A piece of a finished picture's file. Pieces of one output come in order.
@@ -1492,7 +1535,7 @@ export type ArtifactChunk = Message<"safelight.v1.ArtifactChunk"> & {
  * Use `create(ArtifactChunkSchema)` to create a new message.
  */
 export const ArtifactChunkSchema: GenMessage<ArtifactChunk> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 22);
+  messageDesc(file_safelight_v1_generation, 23);
 
 /**
  * An output has ended.
@@ -1527,7 +1570,7 @@ export type OutputFinished = Message<"safelight.v1.OutputFinished"> & {
  * Use `create(OutputFinishedSchema)` to create a new message.
  */
 export const OutputFinishedSchema: GenMessage<OutputFinished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 23);
+  messageDesc(file_safelight_v1_generation, 24);
 
 /**
  * Why an output ended.
@@ -1575,7 +1618,7 @@ export enum OutputFinished_FinishReason {
  * Describes the enum safelight.v1.OutputFinished.FinishReason.
  */
 export const OutputFinished_FinishReasonSchema: GenEnum<OutputFinished_FinishReason> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 23, 0);
+  enumDesc(file_safelight_v1_generation, 24, 0);
 
 /**
  * The generation has ended. The call then ends with the same status.
@@ -1624,7 +1667,7 @@ export type Finished = Message<"safelight.v1.Finished"> & {
  * Use `create(FinishedSchema)` to create a new message.
  */
 export const FinishedSchema: GenMessage<Finished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 24);
+  messageDesc(file_safelight_v1_generation, 25);
 
 /**
  * One way in which the quality of a request was lowered under load, as its quality
@@ -1660,7 +1703,7 @@ export type Degradation = Message<"safelight.v1.Degradation"> & {
  * Use `create(DegradationSchema)` to create a new message.
  */
 export const DegradationSchema: GenMessage<Degradation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 25);
+  messageDesc(file_safelight_v1_generation, 26);
 
 /**
  * What was lowered.
@@ -1704,7 +1747,7 @@ export enum Degradation_Kind {
  * Describes the enum safelight.v1.Degradation.Kind.
  */
 export const Degradation_KindSchema: GenEnum<Degradation_Kind> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 25, 0);
+  enumDesc(file_safelight_v1_generation, 26, 0);
 
 /**
  * Where a picture came from.
@@ -1754,7 +1797,7 @@ export type CacheResult = Message<"safelight.v1.CacheResult"> & {
  * Use `create(CacheResultSchema)` to create a new message.
  */
 export const CacheResultSchema: GenMessage<CacheResult> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 26);
+  messageDesc(file_safelight_v1_generation, 27);
 
 /**
  * Where a picture came from.
@@ -1816,7 +1859,7 @@ export enum CacheResult_Disposition {
  * Describes the enum safelight.v1.CacheResult.Disposition.
  */
 export const CacheResult_DispositionSchema: GenEnum<CacheResult_Disposition> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 26, 0);
+  enumDesc(file_safelight_v1_generation, 27, 0);
 
 /**
  * What a generation has used so far. Work that several generations share counts
@@ -1882,7 +1925,7 @@ export type Usage = Message<"safelight.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 27);
+  messageDesc(file_safelight_v1_generation, 28);
 
 /**
  * An amount of money.
@@ -1910,7 +1953,7 @@ export type Cost = Message<"safelight.v1.Cost"> & {
  * Use `create(CostSchema)` to create a new message.
  */
 export const CostSchema: GenMessage<Cost> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 28);
+  messageDesc(file_safelight_v1_generation, 29);
 
 /**
  * How long the stages of a generation took. Stages overlap, so their sum is not
@@ -1961,7 +2004,7 @@ export type Timings = Message<"safelight.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 29);
+  messageDesc(file_safelight_v1_generation, 30);
 
 /**
  * Asks to watch a generation.
@@ -2003,7 +2046,7 @@ export type WatchGenerationRequest = Message<"safelight.v1.WatchGenerationReques
  * Use `create(WatchGenerationRequestSchema)` to create a new message.
  */
 export const WatchGenerationRequestSchema: GenMessage<WatchGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 30);
+  messageDesc(file_safelight_v1_generation, 31);
 
 /**
  * How much of a picture the client already has.
@@ -2031,7 +2074,7 @@ export type ArtifactOffset = Message<"safelight.v1.ArtifactOffset"> & {
  * Use `create(ArtifactOffsetSchema)` to create a new message.
  */
 export const ArtifactOffsetSchema: GenMessage<ArtifactOffset> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 31);
+  messageDesc(file_safelight_v1_generation, 32);
 
 /**
  * One event of the generation.
@@ -2052,7 +2095,7 @@ export type WatchGenerationResponse = Message<"safelight.v1.WatchGenerationRespo
  * Use `create(WatchGenerationResponseSchema)` to create a new message.
  */
 export const WatchGenerationResponseSchema: GenMessage<WatchGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 32);
+  messageDesc(file_safelight_v1_generation, 33);
 
 /**
  * Asks to change a generation. Absent fields stay as they are.
@@ -2087,7 +2130,7 @@ export type UpdateGenerationRequest = Message<"safelight.v1.UpdateGenerationRequ
  * Use `create(UpdateGenerationRequestSchema)` to create a new message.
  */
 export const UpdateGenerationRequestSchema: GenMessage<UpdateGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 33);
+  messageDesc(file_safelight_v1_generation, 34);
 
 /**
  * The generation as it is now.
@@ -2108,7 +2151,7 @@ export type UpdateGenerationResponse = Message<"safelight.v1.UpdateGenerationRes
  * Use `create(UpdateGenerationResponseSchema)` to create a new message.
  */
 export const UpdateGenerationResponseSchema: GenMessage<UpdateGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 34);
+  messageDesc(file_safelight_v1_generation, 35);
 
 /**
  * Asks to stop a generation.
@@ -2129,7 +2172,7 @@ export type CancelGenerationRequest = Message<"safelight.v1.CancelGenerationRequ
  * Use `create(CancelGenerationRequestSchema)` to create a new message.
  */
 export const CancelGenerationRequestSchema: GenMessage<CancelGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 35);
+  messageDesc(file_safelight_v1_generation, 36);
 
 /**
  * The generation after it was stopped.
@@ -2150,7 +2193,7 @@ export type CancelGenerationResponse = Message<"safelight.v1.CancelGenerationRes
  * Use `create(CancelGenerationResponseSchema)` to create a new message.
  */
 export const CancelGenerationResponseSchema: GenMessage<CancelGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 36);
+  messageDesc(file_safelight_v1_generation, 37);
 
 /**
  * Asks for a generation.
@@ -2171,7 +2214,7 @@ export type GetGenerationRequest = Message<"safelight.v1.GetGenerationRequest"> 
  * Use `create(GetGenerationRequestSchema)` to create a new message.
  */
 export const GetGenerationRequestSchema: GenMessage<GetGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 37);
+  messageDesc(file_safelight_v1_generation, 38);
 
 /**
  * The generation as it is now.
@@ -2192,7 +2235,7 @@ export type GetGenerationResponse = Message<"safelight.v1.GetGenerationResponse"
  * Use `create(GetGenerationResponseSchema)` to create a new message.
  */
 export const GetGenerationResponseSchema: GenMessage<GetGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 38);
+  messageDesc(file_safelight_v1_generation, 39);
 
 /**
  * The present state of a generation.
@@ -2290,7 +2333,7 @@ export type Generation = Message<"safelight.v1.Generation"> & {
  * Use `create(GenerationSchema)` to create a new message.
  */
 export const GenerationSchema: GenMessage<Generation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 39);
+  messageDesc(file_safelight_v1_generation, 40);
 
 /**
  * State of a generation in its life cycle.
@@ -2353,7 +2396,7 @@ export enum Generation_State {
  * Describes the enum safelight.v1.Generation.State.
  */
 export const Generation_StateSchema: GenEnum<Generation_State> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 39, 0);
+  enumDesc(file_safelight_v1_generation, 40, 0);
 
 /**
  * The present state of an output.
@@ -2402,7 +2445,7 @@ export type OutputState = Message<"safelight.v1.OutputState"> & {
  * Use `create(OutputStateSchema)` to create a new message.
  */
 export const OutputStateSchema: GenMessage<OutputState> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 40);
+  messageDesc(file_safelight_v1_generation, 41);
 
 /**
  * How noise levels are spread over the steps.
