@@ -325,8 +325,8 @@ class Planner:
             anew = gone or output.origin.disposition in SERVED
             origin = replace(MISS if anew else output.origin, numerics_id=others)
             embeddings = await self._cache.embeddings(wanted)
-            pictures = image, fault, adapters, controls, image_prompt
-            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, *pictures))
+            found = image, fault, adapters, controls, image_prompt
+            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, *found))
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
