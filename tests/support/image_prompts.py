@@ -1,4 +1,4 @@
-"""A pipeline like `icons` that takes image prompts, with small networks of our own: written as ONNX without its package.
+"""A pipeline like `icons` that takes image prompts, with small networks of our own.
 
 Its denoiser adds to a function of the latent what the image prompt says: the mean of the tokens times the scale. Its
 image encoder makes the mean colour of a picture to tokens, and the half of it to negative tokens.
@@ -10,23 +10,19 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safelight_server.catalog.manifest import IMAGE_PROMPT_INPUTS, STABLE_DIFFUSION_INPUTS
 
 from tests.support.models_folder import add_pipeline, copy_models
+from tests.support.onnx_files import network, node
 
 NAME = "prompted"
 ROOM = {"edge_px": 8, "num_tokens": 2, "width": 3}
 INPUTS = STABLE_DIFFUSION_INPUTS | IMAGE_PROMPT_INPUTS
 IMAGE_ENCODER = {"image_encoder": {"model": "small_image_encoder", "version": 1, "sha256": "0" * 64}}
-FLOAT, OPSET, IR_VERSION = 1, 13, 8
 LATENT, CONTEXT = (32, 8, 8), (32, 128)
-
-Shape = tuple[int | str, ...]
 
 
 def models_with_image_prompts(folder: Path) -> Path:
@@ -93,53 +89,3 @@ def models_with_image_prompts(folder: Path) -> Path:
     path.write_text(json.dumps(manifest))
     shutil.rmtree(models / "pipelines" / "icons")
     return models
-
-
-def network(
-    inputs: Mapping[str, Shape],
-    outputs: Mapping[str, Shape],
-    nodes: Sequence[bytes],
-    constants: Mapping[str, np.ndarray[Any, Any]],
-) -> bytes:
-    """An ONNX file; an axis with a name is free."""
-    graph = b"".join(field(1, one) for one in nodes) + field(2, "graph")
-    graph += b"".join(field(5, _tensor(name, values)) for name, values in constants.items())
-    graph += b"".join(field(11, _value(name, shape)) for name, shape in inputs.items())
-    graph += b"".join(field(12, _value(name, shape)) for name, shape in outputs.items())
-    return field(1, IR_VERSION) + field(7, graph) + field(8, field(2, OPSET))
-
-
-def node(kind: str, inputs: Sequence[str], output: str, **attributes: int | list[int]) -> bytes:
-    """A NodeProto with one output."""
-    made = b"".join(field(1, name) for name in inputs) + field(2, output) + field(4, kind)
-    for name, value in attributes.items():
-        of = field(3, value) if isinstance(value, int) else b"".join(field(8, one) for one in value)
-        made += field(5, field(1, name) + of + field(20, 2 if isinstance(value, int) else 7))
-    return made
-
-
-def field(number: int, value: int | str | bytes) -> bytes:
-    """A field of a protobuf message."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    made = bytearray()
-    while value > 127:
-        made.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*made, value])
-
-
-def _value(name: str, shape: Shape) -> bytes:
-    dims = b"".join(field(1, field(1, axis) if isinstance(axis, int) else field(2, axis)) for axis in shape)
-    return field(1, name) + field(2, field(1, field(1, FLOAT) + field(2, dims)))
-
-
-def _tensor(name: str, values: np.ndarray[Any, Any]) -> bytes:
-    dims = b"".join(field(1, axis) for axis in values.shape)
-    kind = {"float32": FLOAT, "int64": 7}[str(values.dtype)]
-    return dims + field(2, kind) + field(8, name) + field(9, values.tobytes())
