@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,9 +56,11 @@ def write_onnx(
     Returns:
         The file with the weights, if they are many.
     """
-    given = max(examples, key=num_values)  # not an edge of one multiple, which torch takes for a constant
+    largest_example = max(examples, key=num_values)  # not an edge of one multiple, which torch takes for a constant
+    taken = inspect.signature(module.forward).parameters  # torch has the inputs in this order
+    given = {name: largest_example[name] for name in taken if name in largest_example}
     axes = free_axes(examples, multiple, largest)
-    program = exported(module, given, list(examples[0]), outputs, axes, path.parent.parent.name)
+    program = exported(module, given, list(given), outputs, axes, path.parent.parent.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = move_weights([program.model], path)
     model = stored(program)
