@@ -145,8 +145,9 @@ class ImagePrompts:
         try:
             unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
         except (KeyError, RuntimeError) as error:
-            what = (str(error).splitlines() or [""])[-1].strip()
-            raise ExportError(f"{OPTION} {source.weights.name}: does not fit the UNet, it belongs to another base model: {what}") from None
+            why = (str(error).splitlines() or [""])[-1].strip()
+            what = f"does not fit the UNet, it belongs to another base model: {why}"
+            raise ExportError(f"{OPTION} {source.weights.name}: {what}") from None
         [projection] = unet.encoder_hid_proj.image_projection_layers
         unet.encoder_hid_proj = None  # the image encoder has it, so that it is computed once a picture
         processor, layers = ImagePromptAttention(self.given), 0
