@@ -67,10 +67,17 @@ def image(seed: int) -> FloatArray:
 
 
 class NoImages:
-    """No request begins from a picture; see `InitImages`."""
+    """No request brings a picture; see `InitImages`."""
 
     async def load(self, _tenant: str, _spec: object) -> None:
-        """There is none."""
+        """None to begin from."""
+
+    async def load_controls(self, _tenant: str, _spec: object, _offered: object) -> tuple[()]:
+        """None for control networks."""
+        return ()
+
+    async def load_image_prompt(self, _tenant: str, _spec: object, _room: object) -> None:
+        """None as a prompt."""
 
 
 class CountingEngine:
