@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _run_slice(slice_: tuple[int, int]) -> list[Result]:
-    return run_many(*slice_, collect=False)
+    return run_many(*slice_, frees=False)
 
 
 def _print(result: Result) -> None:

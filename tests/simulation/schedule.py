@@ -318,11 +318,11 @@ def _check_bills(fleet: Fleet, clients: list[Client]) -> None:
             fleet.ledger.fault(f"{generation} was billed {count} times for {outputs[generation]} outputs")
 
 
-def run_many(first: int, count: int, *, collect: bool = True) -> list[Result]:
+def run_many(first: int, count: int, *, frees: bool = True) -> list[Result]:
     """Runs schedules of consecutive seeds; those that fail.
 
     Args:
-        collect: free the memory of dropped schedules now and then: 0.7 MB of each.
+        frees: free the memory of dropped schedules now and then: 0.7 MB of each.
     """
     failed = []
     gc.disable()
@@ -331,9 +331,9 @@ def run_many(first: int, count: int, *, collect: bool = True) -> list[Result]:
         result = run(seed)
         if result.wrong:
             failed.append(result)
-        if collect and seed % 20 == 0:
+        if frees and seed % 20 == 0:
             collect()
-    if collect:
+    if frees:
         collect()
         gc.enable()
     return failed
