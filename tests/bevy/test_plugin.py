@@ -64,7 +64,8 @@ async def test_images_develop_on_the_screen(start, tmp_path: Path) -> None:
     require_vulkan()
     await run(rust.CARGO, "build", "--quiet", "--example", "headless", **ENVIRONMENT)
     app = ROOT / "out/bevy/debug/examples/headless"
-    async with start() as server, safelight.Client(server.address) as client:
+    # One instance, so that the picture that is cancelled is not finished before a slow machine has drawn its preview.
+    async with start(num_instances=1) as server, safelight.Client(server.address) as client:
         said = await run(app, server.address, tmp_path, VK_ICD_FILENAMES=str(LAVAPIPE), RUST_LOG="warn")
         lines = [line.split() for line in said.splitlines()]
         screen = pixels(tmp_path / "screen-end.rgba", 256)
