@@ -178,6 +178,9 @@ async def http_replica(handle: Handle, port: int, host: str = "127.0.0.1") -> As
     """Serves such a replica on a port of HTTP while the block runs."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if ended.is_set():
+            writer.transport.abort()
+            return
         replica.connections.append(writer)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             replica.heads.append(await reader.readuntil(b"\r\n\r\n"))
@@ -185,6 +188,7 @@ async def http_replica(handle: Handle, port: int, host: str = "127.0.0.1") -> As
             writer.close()
             await writer.wait_closed()
 
+    ended = asyncio.Event()
     async with grpc_replica(its_address, host) as behind:
         replica = HttpReplica(behind.address, port)
         server = await asyncio.start_server(connected, host, port)
@@ -192,5 +196,8 @@ async def http_replica(handle: Handle, port: int, host: str = "127.0.0.1") -> As
             yield replica
         finally:
             server.close()
+            ended.set()
             for writer in replica.connections:
                 writer.transport.abort()
+            for _ in range(5):  # turns in which what was accepted just before is served, and so ended
+                await asyncio.sleep(0)
