@@ -31,6 +31,7 @@ class Relay:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._is_cut = False
         self._event: tuple[int, Callable[[], Awaitable[None]]] | None = None
         self._cancels: list[tuple[int, Callable[[int], bytes]]] = []
 
@@ -49,6 +50,10 @@ class Relay:
                 there, back = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)
             except OSError:
                 writer.transport.abort()
+                return
+            if relay._is_cut:  # meanwhile
+                writer.transport.abort()
+                back.transport.abort()
                 return
             relay._writers |= {writer, back}
             for source, sink in ((reader, back), (there, writer)):
@@ -76,6 +81,7 @@ class Relay:
         """Resets all connections and accepts no more."""
         assert self._server is not None
         self._server.close()
+        self._is_cut = True
         self.reset()
 
     def reset(self) -> None:
