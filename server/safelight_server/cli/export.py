@@ -110,8 +110,9 @@ def export(
         image_prompt=image_prompt,
     )
     gate = _gate(quantize, min_psnr, judge, min_agreement, compare)
-    if quantize and control:
-        raise ExportError("--quantize: cannot quantize a denoiser with control networks; leave --control out")
+    more = {"--adapter-rank": adapter_rank, "--control": control, "--image-prompt": image_prompt}
+    if quantize and (given := [option for option, value in more.items() if value]):
+        raise ExportError(f"--quantize: goes with a plain denoiser; leave {', '.join(given)} out")
     if quantize and format is ExportFormat.TORCH:
         raise ExportError("--quantize: quantizes the files of ONNX Runtime; use --format onnx or both")
     exported = folder / "pipeline.json"

@@ -172,7 +172,7 @@ class Latents:
         self._room = room
         self._adapters: dict[int, Sequence[RowAdapter]] = {}
         self._pictures = pictures
-        self._controls: dict[int, Sequence[RowControl]] = {}
+        self._controls: dict[int, list[tuple[RowControl, FloatArray]]] = {}  # each with its picture, (3, H, W)
         self._image_prompt_room = image_prompt_room
         self._image_prompts: dict[int, RowImagePrompt] = {}  # of the slots that have one
         self._free = list(range(capacity))[::-1]
@@ -238,7 +238,7 @@ class Latents:
         self._given_guidance[slot] = guidance_scale
         self._rescale[slot] = guidance_rescale
         self._adapters[slot] = adapters
-        self._controls[slot] = controls
+        self._controls[slot] = [(control, _planes(control.pixels)) for control in controls]
         if image_prompt is not None:
             self._image_prompts[slot] = image_prompt
         self._noise_seed[slot] = seed if table.uses_noise else None
@@ -346,20 +346,20 @@ class Latents:
         Without any these are zeros that nobody wrote or reads, which take no memory.
         """
         images = np.zeros((len(slots), *self._pictures), np.float32)
-        for row, control in self._acting(slots, steps):
-            images[row, control.place] = control.pixels.transpose(2, 0, 1) / np.float32(255)
+        for row, control, planes in self._acting(slots, steps):
+            images[row, control.place] = planes
         return images
 
     def _control_scales(self, slots: Slots, steps: Slots) -> FloatArray:
         """The factors of what the control networks add to each row, (B, K); 0 for those that do not act."""
         scales = np.zeros((len(slots), self._pictures[0]), np.float32)
-        for row, control in self._acting(slots, steps):
+        for row, control, _ in self._acting(slots, steps):
             scales[row, control.place] = control.scale
         return scales
 
-    def _acting(self, slots: Slots, steps: Slots) -> Iterator[tuple[int, RowControl]]:
+    def _acting(self, slots: Slots, steps: Slots) -> Iterator[tuple[int, RowControl, FloatArray]]:
         for row, (slot, step) in enumerate(zip(slots.tolist(), steps.tolist(), strict=True)):
-            yield from ((row, control) for control in self._controls[slot] if step in control.steps)
+            yield from ((row, *control) for control in self._controls[slot] if step in control[0].steps)
 
     def _image_prompt_tokens(self, slots: Slots, parts: Slots) -> FloatArray:
         """The tokens of each row's image prompt, zeros where it has none, (B, T, D)."""
@@ -435,3 +435,8 @@ def _first(table: SamplerTable, noise: FloatArray, picture: CleanLatent | None) 
     if picture is None or (picture.mask is not None and table.first_step == 0):
         return np.float32(table.init_scale) * noise
     return noised(picture.clean, noise, table.levels[table.first_step])
+
+
+def _planes(pixels: Pixels) -> FloatArray:
+    """A picture (H, W, 3) as control networks take it, (3, H, W) in [0, 1]: made once, not in each step."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1) / np.float32(255))
