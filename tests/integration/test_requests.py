@@ -405,7 +405,7 @@ async def test_what_was_handed_to_the_network_is_delivered_within_the_grace(serv
         assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
         call = await undelivered(running, slow)
         relay.delay_s = 0.05
-        told = asyncio.ensure_future(health.read())  # of a call that has ended grpc's client returns no message any more
+        told = asyncio.ensure_future(health.read())  # grpc's client returns no message of a call that has ended
         drained, finishing = running.drain(3600.0), asyncio.create_task(finishes(call))
         await drained
         relay.cut()  # like the end of the server's process

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from safelight_server.domain.picture import Pixels
+from safelight_server.domain.picture import Pixels, clip_centre, middle
 
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp"}
 """Media types by Pillow's names. MPO is a JPEG followed by further views, as some phones write it."""
@@ -89,15 +89,8 @@ def decode_image_prompt(data: bytes, max_pixels: int, edge_px: int) -> Pixels:
         PictureFileError: as `check_picture`.
     """
     image = _over_white(_upright(_opened(data, max_pixels)))
-    shortest = min(image.size)
-    image = _middle(image, *(min(edge, LONGEST_SHAPE * shortest) for edge in image.size))
-    width, height = (edge_px if edge == shortest else int(edge_px * edge / shortest) for edge in image.size)
-    return np.asarray(_middle(image.resize((width, height), Image.Resampling.BICUBIC), edge_px, edge_px))
-
-
-def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    longest = LONGEST_SHAPE * min(image.size)
+    return np.asarray(clip_centre(middle(image, *(min(edge, longest) for edge in image.size)), edge_px))
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:

@@ -30,6 +30,7 @@ import tokenizers
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from safelight_server.domain.picture import clip_centre
 from safelight_server.quality.measures import FloatPixels, Pixels
 
 CONFIG_FILE, TOKENIZER_FILE = "judge.json", "tokenizer.json"
@@ -119,13 +120,7 @@ class PromptJudge:
 
     def _prepared(self, pixels: Pixels) -> FloatPixels:
         """A picture as CLIPImageProcessor of transformers prepares it: (3, image_px, image_px)."""
-        edge = self.config.image_px
-        height, width, _ = pixels.shape
-        shorter = min(height, width)
-        size = max(edge, int(width * edge / shorter)), max(edge, int(height * edge / shorter))
-        scaled = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-        left, top = (scaled.shape[1] - edge) // 2, (scaled.shape[0] - edge) // 2
-        centre = scaled[top : top + edge, left : left + edge].astype(np.float32) / 255
+        centre = np.asarray(clip_centre(Image.fromarray(pixels), self.config.image_px)).astype(np.float32) / 255
         mean, std = (np.array(values, np.float32) for values in (self.config.mean, self.config.std))
         return np.ascontiguousarray(((centre - mean) / std).transpose(2, 0, 1))
 
