@@ -13,7 +13,9 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.api.identity import new_key
 
 from tests.browser.conftest import visit
+from tests.conftest import eventually
 from tests.support.http import http_server
+from tests.support.pause import steps_paused
 from tests.support.relay import Relay
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
@@ -49,9 +51,10 @@ async def test_pictures_develop_side_by_side(browser, server):
 async def test_one_is_cancelled_and_the_others_go_on(browser):
     async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
         await seen.develop(POTION, 3, steps="40")
-        await expect(seen.card(1).locator(".state")).to_contain_text("of 40")
-        await seen.card(1).get_by_role("button", name="Cancel").click()
-        await expect(seen.card(1).locator(".state")).to_contain_text("Cancelled after step")
+        await expect(seen.card(1).locator("img")).to_be_visible()
+        with steps_paused(slow):
+            await seen.card(1).get_by_role("button", name="Cancel").click()
+            await expect(seen.card(1).locator(".state")).to_contain_text("Cancelled after step")
         await expect(seen.card(1).locator("dl")).to_contain_text("Compute")
         await expect(seen.card(1).locator("img")).to_be_visible()
         await finished(seen.card(0))
@@ -61,15 +64,16 @@ async def test_one_is_cancelled_and_the_others_go_on(browser):
 
 async def test_what_waits_in_the_page_can_be_cancelled_and_one_connection_is_left_for_that(browser):
     async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
-        await seen.develop(POTION, 4, steps="40")
-        await seen.develop(POTION, 4, steps="40")
-        waits = seen.page.locator("#sheet > li", has_text="Waits to be sent")
-        await expect(waits).to_have_count(3)
-        await waits.first.get_by_role("button", name="Cancel").click()
-        await expect(waits).to_have_count(2)
-        await seen.card(7).get_by_role("button", name="Cancel").click()
-        await expect(seen.card(7).locator(".state")).to_contain_text("Cancelled")
-        await expect(waits).to_have_count(1)  # it replaced the cancelled one
+        with steps_paused(slow):
+            await seen.develop(POTION, 4, steps="10")
+            await seen.develop(POTION, 4, steps="10")
+            waits = seen.page.locator("#sheet > li", has_text="Waits to be sent")
+            await expect(waits).to_have_count(3)
+            await waits.first.get_by_role("button", name="Cancel").click()
+            await expect(waits).to_have_count(2)
+            await seen.card(7).get_by_role("button", name="Cancel").click()
+            await expect(seen.card(7).locator(".state")).to_contain_text("Cancelled")
+            await expect(waits).to_have_count(1)  # it replaced the cancelled one
         await expect(seen.page.locator("#sheet > li .state", has_text="Finished")).to_have_count(6)
 
 
@@ -158,9 +162,10 @@ async def test_the_focus_stays_on_a_picture_that_was_cancelled(browser):
     async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
         await seen.develop(POTION, 1, steps="40")
         await expect(seen.card(0).locator(".state")).to_contain_text("of 40")
-        await seen.card(0).get_by_role("button", name="Cancel").focus()
-        await seen.page.keyboard.press("Enter")
-        await expect(seen.card(0).locator(".state")).to_contain_text("Cancelled")
+        with steps_paused(slow):
+            await seen.card(0).get_by_role("button", name="Cancel").focus()
+            await seen.page.keyboard.press("Enter")
+            await expect(seen.card(0).locator(".state")).to_contain_text("Cancelled")
         assert await seen.card(0).evaluate("card => card.contains(document.activeElement)")
 
 
@@ -256,7 +261,9 @@ async def test_a_lost_connection_is_resumed_where_it_stopped(browser):
                 await seen.develop(POTION, 2, steps="40", seed="7")
                 for at in range(2):
                     await expect(seen.card(at).locator(".state")).to_contain_text("of 40")
-                relay.reset()
+                with steps_paused(running):
+                    relay.reset()
+                    await eventually(lambda: sum(url.endswith("/WatchGeneration") for _, url in seen.requests) == 2)
                 for at in range(2):
                     await finished(seen.card(at))
                     await expect(seen.card(at).locator("dl")).to_contain_text("Steps saved0 of 40")
