@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import MODELS, eventually
 from tests.triton.developing import assert_exact, develop_all, mixed
-from tests.triton.support import REPOSITORY, triton_server
+from tests.triton.support import READY_S, REPOSITORY, triton_server
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -79,7 +79,7 @@ async def test_regions_are_given_to_a_server_that_has_been_restarted(models):
         assert caught.value.trouble is Trouble.DEAD
         assert server.regions.num_quarantined == 1
         triton.restart()
-        await eventually(triton.ready, 50)
+        await eventually(triton.ready, READY_S)
         await server._client._client._channel.channel_ready()
         again = await server.run(KEY, feed, WORK_LIMIT_S)  # without a probe, by the server's answer
         assert np.array_equal(again["prediction"], expected["prediction"])

@@ -142,8 +142,8 @@ async def test_cancelled_and_failed_streams_have_their_statuses(start, traces, t
                 if response.event.progress.step >= 2:
                     await stub.CancelGeneration(pb.CancelGenerationRequest(name=response.event.generation))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Generate(request(2, 50), timeout=0.1, metadata=traceparent(late)).read()
-            async for _ in stub.Generate(request(2, 50), timeout=0.1, metadata=traceparent(late)):
+            await stub.Generate(request(2, 50), timeout=0.2, metadata=traceparent(late)).read()
+            async for _ in stub.Generate(request(2, 50), timeout=0.2, metadata=traceparent(late)):
                 pass
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await eventually(lambda: bool(from_jaeger(traces.trace(late)).named(GENERATE)), ARRIVE_S)
