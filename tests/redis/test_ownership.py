@@ -20,6 +20,7 @@ from structlog.testing import capture_logs
 from tests.conftest import eventually, serving_here
 from tests.redis.test_replicas import BYPASS, DETACH, request
 from tests.support.coordination import until
+from tests.support.pause import steps_paused
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import bills, collect, key_file, picture, sequences, until_step
 
@@ -66,6 +67,14 @@ async def servers(redis_url: str, folder: Path, count: int = 2, **settings: obje
         yield made
 
 
+async def suspend(server: Server, call: grpc.aio.UnaryStreamCall) -> None:
+    """Cancels a stream, and waits until its generation is suspended. It makes no step meanwhile, so it does not end."""
+    with steps_paused(server.running):
+        before = server.running.inspect().suspended
+        call.cancel()
+        await eventually(lambda: server.running.inspect().suspended > before)
+
+
 async def undisturbed(server: Server, seed: int) -> bytes:
     return picture(await collect(server.stub.Generate(request(seed, STEPS, cache=BYPASS))))
 
@@ -97,8 +106,7 @@ async def test_what_shares_nothing_moves_too(redis_server: RedisServer, tmp_path
     async with servers(redis_server.url, tmp_path) as (one, other):
         call = one.stub.Generate(request(2, STEPS, cache=BYPASS))
         before = await until_step(call, 8)
-        call.cancel()
-        await eventually(lambda: bool(one.running.inspect().suspended))
+        await suspend(one, call)
         name = before[0].generation
         after = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert sequences(after) == [2, 3]
