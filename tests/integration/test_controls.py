@@ -17,7 +17,7 @@ from safelight_server.api.identity import new_key
 from safelight_server.cli.main import main
 
 from tests.conftest import eventually, serving_here
-from tests.integration.test_generate import collect, pixels, reason_of
+from tests.integration.test_generate import all_at_once, collect, pixels, reason_of
 from tests.integration.test_images import NONE, development, name_of, png, upload
 from tests.integration.test_requests import details, fields
 from tests.support.controls import CONTROLS, NAME, models_with_controls
@@ -50,7 +50,7 @@ def controlled(seed: int, *controls: pb.Control, cached: bool = False) -> pb.Gen
 
 
 async def test_rows_with_and_without_controls_are_in_a_batch_what_they_are_alone(server):
-    _, channel, stub = server
+    running, channel, stub = server
     light, dark = [(await upload(channel, data)).name for data in (LIGHT, DARK)]
     kinds = [
         (),
@@ -63,7 +63,7 @@ async def test_rows_with_and_without_controls_are_in_a_batch_what_they_are_alone
     ]
     messages = [controlled(1, *kind) for kind in kinds]
     messages[3].spec.guidance_scale = 1.0
-    together = await asyncio.gather(*(collect(stub.Generate(message)) for message in messages))
+    together = await all_at_once(running, stub, messages)
     assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
     for message, events in zip(messages, together, strict=True):
         assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))

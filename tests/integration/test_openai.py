@@ -55,7 +55,7 @@ async def test_pictures(client):
 
 async def test_a_stream(client):
     stream = await client.images.generate(
-        prompt="a red potion", model="simulated", stream=True, partial_images=2, extra_body={"num_inference_steps": 40}
+        prompt="a red potion", model="simulated", stream=True, partial_images=2, extra_body={"num_inference_steps": 200}
     )
     events = [event async for event in stream]
     *partial, completed = events
@@ -121,7 +121,7 @@ async def test_adapters(adapted, client):
 
 async def test_a_stream_of_an_edit(client):
     stream = await client.images.edit(
-        image=PHOTO, prompt="x", stream=True, partial_images=2, n=2, extra_body={"num_inference_steps": 40}
+        image=PHOTO, prompt="x", stream=True, partial_images=2, n=2, extra_body={"num_inference_steps": 200}
     )
     events = [event async for event in stream]
     kinds = [event.type for event in events]
