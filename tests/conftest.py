@@ -81,7 +81,9 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
     return True
 
 
-hypothesis.settings.register_profile("safelight", deadline=None)  # machines are shared: no test asserts a time
+hypothesis.settings.register_profile(  # machines are shared: no test asserts a time
+    "safelight", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("safelight")
 
 MODELS = Path(__file__).parent.parent / "models"
