@@ -30,7 +30,7 @@ Serving = health_pb2.HealthCheckResponse
 async def end_of(call) -> tuple[grpc.StatusCode, dict]:
     """The status of a call that failed, and its details by name."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(30):  # otherwise a fault would hang the test
+        async with asyncio.timeout(15):  # otherwise a fault would hang the test
             async for _ in call:
                 pass
     return caught.value.code(), details(caught.value)
@@ -140,7 +140,7 @@ async def test_no_path_ends_the_server(start, path):
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 5, 1, headers_of(path)))
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(15):
                 await reader.readuntil(b"the server has no method of this name")
                 assert await check(channel) == Serving.SERVING
         finally:
@@ -271,7 +271,7 @@ async def test_a_call_that_is_given_up_within_the_server_ends_with_a_reason(star
     monkeypatch.setattr(Generations, "find", given_up)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await get_generation(channel, timeout_s=30.0)  # grpc would let it wait without a limit
+            await get_generation(channel, timeout_s=15.0)  # grpc would let it wait without a limit
         assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert details(caught.value)["ErrorInfo"].reason == "INTERNAL"
         assert not running.limits.num_open

@@ -207,7 +207,7 @@ async def test_every_refusal_is_json(server, method, path, options, status):
 
 
 async def test_a_body_without_a_length_is_bounded_too(server, monkeypatch):
-    monkeypatch.setattr(http_calls, "BODY_S", 20.0)  # otherwise a failing test would take long
+    monkeypatch.setattr(http_calls, "BODY_S", 5.0)  # otherwise a failing test would take long
     async with raw_connection(server) as (reader, writer):
         head = post(server, {}).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
         writer.write(head + b"20000\r\n" + b"x" * 0x20000)
@@ -364,7 +364,7 @@ async def test_one_that_never_reads_is_closed_and_cancels(large_previews):
         assert generation.error.reason == "GENERATION_CANCELLED"
         await eventually(lambda: len(running.streams) == 0)
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(15):
                 await reader.readexactly(10_000_000)  # more than is sent
 
 
@@ -384,7 +384,7 @@ async def test_headers_that_do_not_come_close_the_connection(monkeypatch):
             dripping = asyncio.create_task(drip())
             for one in (silent, reader):
                 with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                    async with asyncio.timeout(30):
+                    async with asyncio.timeout(15):
                         await one.readexactly(1)
             dripping.cancel()
         monkeypatch.setattr(http_listener, "HEAD_S", 30.0)
@@ -396,7 +396,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(http_calls, "BODY_S", 0.1)
     async with http_server() as running, raw_connection(running) as (reader, writer):
         writer.write(post(running, body())[:-1])
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(15):
             assert b" 408 " in await reader.readline()
             await reader.read()  # until it is closed
         assert len(running.streams) == 0
