@@ -112,7 +112,8 @@ async def test_the_same_request_id_attaches_after_the_output_has_gone(server):
 async def test_an_output_that_is_not_finished_is_named(server):
     running, _, stub = server
     with steps_paused(running):
-        name = (await stub.Generate(request(9, steps=900)).read()).event.generation
+        call = stub.Generate(request(9, steps=900))
+        name = (await call.read()).event.generation
         refused = await refusal(stub.Generate(development(10, init_image=f"{name}/outputs/0")))
     assert (refused.code(), reason_of(refused)) == (grpc.StatusCode.FAILED_PRECONDITION, "OUTPUT_NOT_FINISHED")
     assert f"{name}/outputs/0 is not finished" in refused.details()
