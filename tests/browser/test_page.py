@@ -135,7 +135,7 @@ async def test_the_keyboard_is_enough(browser, server):
         await tab_to("#count")
         await page.keyboard.type("1")
         await tab_to("#steps")
-        await page.keyboard.type("8")
+        await page.keyboard.type("20")
         await tab_to("#develop")
         await press("Enter")
         await finished(seen.card(0))
@@ -172,7 +172,7 @@ async def test_the_focus_stays_on_a_picture_that_was_cancelled(browser):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_axe_finds_nothing(browser, server, scheme):
     async with visit(browser, server.http_address, color_scheme=scheme) as seen:
-        await seen.develop(POTION, 2, steps="4")
+        await seen.develop(POTION, 2, steps="20")
         await finished(seen.card(0))
         await finished(seen.card(1))
         await seen.card(0).get_by_role("button", name="Branch from step").click()
@@ -193,7 +193,7 @@ async def test_a_phone_needs_no_scrolling_sideways(browser, server):
     async with visit(
         browser, server.http_address, viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True
     ) as seen:
-        await seen.develop(long, 2, steps="6", seed=str(2**64 - 2))
+        await seen.develop(long, 2, steps="20", seed=str(2**64 - 2))
         await finished(seen.card(0))
         await finished(seen.card(1))
         await seen.card(0).get_by_role("button", name="Branch from step").tap()
