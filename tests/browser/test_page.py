@@ -88,10 +88,11 @@ async def test_steps_are_scrubbed_and_one_is_branched_from(browser, server):
         shown = await steps.get_attribute("aria-valuetext")
         await expect(first.locator("img")).to_have_attribute("alt", f"{shown}: {POTION}")
         assert await first.locator("img").get_attribute("src") != last
-        await seen.page.keyboard.press("ArrowRight")
-        await expect(steps).not_to_have_attribute("aria-valuetext", shown)
-        await seen.page.keyboard.press("ArrowLeft")
-        await expect(steps).to_have_attribute("aria-valuetext", shown)
+        await seen.page.keyboard.press("End")
+        await expect(steps).to_have_attribute("aria-valuetext", "Finished picture")
+        await seen.page.keyboard.press("ArrowLeft")  # a late step: before the first few none is kept
+        await expect(steps).to_have_attribute("aria-valuetext", re.compile(r"Step \d+ of 30"))
+        shown = await steps.get_attribute("aria-valuetext")
         await first.get_by_role("button", name=f"Branch from {shown.lower().partition(' of')[0]}", exact=True).click()
         await first.get_by_label("Go on from there with").fill("a glowing blue potion on a dark background")
         await first.get_by_role("button", name="Develop the branch").click()
