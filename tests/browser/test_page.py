@@ -15,6 +15,7 @@ from safelight_server.api.identity import new_key
 
 from tests.browser.conftest import visit
 from tests.conftest import eventually
+from tests.integration.test_cache import kept
 from tests.support.http import http_server
 from tests.support.pause import steps_paused
 from tests.support.relay import Relay
@@ -99,6 +100,7 @@ async def test_steps_are_scrubbed_and_one_is_branched_from(browser, server):
         shown = await steps.get_attribute("aria-valuetext")
         await first.get_by_role("button", name=f"Branch from {shown.lower().partition(' of')[0]}", exact=True).click()
         await first.get_by_label("Go on from there with").fill("a glowing blue potion on a dark background")
+        await kept(server)
         await first.get_by_role("button", name="Develop the branch").click()
         await expect(seen.page.locator("#sheet > li")).to_have_count(2)
         branch = seen.card(0)
@@ -114,6 +116,7 @@ async def test_a_pinned_seed_gives_the_same_picture_and_saves_its_steps(browser,
         await finished(seen.card(0))
         await seen.card(0).get_by_role("button", name="Pin seed").click()
         seed = await seen.page.get_by_role("textbox", name="Seed").input_value()
+        await kept(server)
         await expect(seen.card(0).locator("dl")).to_contain_text(f"Seed{seed}")
         await seen.page.get_by_role("button", name="Develop", exact=True).click()
         await finished(seen.card(0))
@@ -155,6 +158,7 @@ async def test_the_keyboard_is_enough(browser, server):
         await tab_to("button.branch")
         await press("Enter")
         await expect(seen.card(0).get_by_label("Go on from there with")).to_be_focused()
+        await kept(server)
         await press("Escape")
         await expect(seen.card(0).locator("button.branch")).to_be_focused()
         await press("Enter")
