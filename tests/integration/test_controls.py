@@ -71,10 +71,11 @@ async def test_rows_with_and_without_controls_are_in_a_batch_what_they_are_alone
 
 
 async def test_a_scale_of_0_is_no_control_and_the_order_makes_no_difference(server):
-    _, channel, stub = server
+    running, channel, stub = server
     light, dark = [(await upload(channel, data)).name for data in (LIGHT, DARK)]
     edges, depth = pb.Control(name="edges", image=light, scale=0.5), pb.Control(name="depth", image=dark)
     one = await collect(stub.Generate(controlled(3, edges, depth, cached=True)))
+    await eventually(lambda: not (running.inspect().live or running.inspect().keeping))
     other = await collect(stub.Generate(controlled(3, depth, edges, cached=True)))
     assert list(one[0].accepted.spec.controls) == [pb.Control(name="depth", image=dark, scale=1.0), edges]
     assert other[0].accepted.spec == one[0].accepted.spec

@@ -118,6 +118,7 @@ async def test_one_near_whose_latent_is_gone_is_developed_from_noise_and_says_so
         assert (result.disposition, result.num_steps_skipped) == (R.DISPOSITION_MISS, 0)
         assert finished.usage.num_steps == STEPS
         plain = other_prompt(2)
+        await eventually(lambda: not other.running.inspect().keeping)
         [kept] = (await collect(other.stub.Generate(plain)))[-1].finished.cache_results
         assert kept.disposition == R.DISPOSITION_EXACT
         plain.cache.CopyFrom(BYPASS)
