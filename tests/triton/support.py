@@ -104,7 +104,7 @@ class TritonServer:
 
     def stubs(self) -> list[int]:
         """Process ids of the Python backend's stubs."""
-        found = []
+        found = list[int]()
         for children in Path(f"/proc/{self.pid}/task").glob("*/children"):  # other threads load models
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
                 found += map(int, children.read_text().split())
