@@ -53,12 +53,11 @@ def files(pool: RegionPool) -> set[str]:
 
 def inputs(versions, fill=1.0):
     rows = len(versions)
+    context = np.array(versions, np.float32)[:, None] * np.ones((1, 3), np.float32)
     return {
         "sample": np.full((rows, 2, 2), fill, np.float32),
         "timestep": np.arange(rows, dtype=np.float32),
-        "context": StableRows(
-            np.array(versions, np.float32)[:, None] * np.ones((1, 3), np.float32), np.arange(rows), np.array(versions)
-        ),
+        "context": StableRows(np.array(versions), lambda at: context[at]),
     }
 
 
@@ -134,6 +133,24 @@ async def test_rows_keep_their_places_and_only_new_context_is_copied(pool):
     assert region._views["timestep"][places, 0].tolist() == [0.0, 1.0, 2.0]
     region._views["prediction"][:3] = region._views["context"][:3, :1, None]
     assert region.read("prediction", places)[:, 0, 0].tolist() == [13.5, 21.0, 11.5]
+
+
+async def test_rows_of_zeros_are_written_only_where_something_else_was(pool):
+    region, taken = await pool.take(KEY, TENSORS, ROWS), []
+
+    def take(at):
+        taken.extend(at.tolist())
+        return np.zeros((len(at), 3), np.float32)
+
+    def plain(*versions):
+        return inputs(versions) | {"context": StableRows(np.array(versions), take)}
+
+    region.write(plain(0, 0))
+    assert not taken
+    region.write(inputs([7, 8, 9]))
+    region.write(plain(0, 8, 0))
+    assert taken == [0, 2]
+    assert region._views["context"][:3, 0].tolist() == [0, 8, 0]
 
 
 async def test_results_are_copies(pool):

@@ -12,6 +12,7 @@ gone: the region is then unlinked, never reused.
 
 Input rows that stay the same from call to call (`StableRows`) keep their
 position in the region and are copied only if the position held another row.
+A position that nothing was written to holds zeros.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class Region:
             if isinstance(rows, StableRows):
                 held = self._held[name]
                 stale = np.flatnonzero(held[places] != rows.versions)
-                view[places[stale]] = rows.source[rows.index[stale]]
+                if stale.size:
+                    view[places[stale]] = rows.take(stale)
                 held[places[stale]] = rows.versions[stale]
             else:
                 view[places] = rows.reshape(len(rows), *view.shape[1:])
