@@ -133,10 +133,14 @@ async def test_kill_9_in_mid_generation_changes_no_pixel(start, models):
 
 
 async def test_pictures_of_several_sizes(start, tmp_path):
-    """Where sizes are open: Triton loads the networks, and batches of each size have the embedded runtime's pixels."""
+    """Where sizes are open, each has its own shared memory, and the embedded runtime's pixels."""
     models = with_adapters(models_with_conditions(tmp_path, TWO_SIZES))
     requests = [one for width, height in TWO_SIZES for one in conditioned(6, width_px=width, height_px=height)]
     expected = await embedded(start, requests, models_dir=models)
     with triton_server("--repository", models / "repository") as server:
-        async with start(models_dir=models, runtime="triton", triton_url=server.grpc_url) as running:
+        settings = {"runtime": "triton", "triton_url": server.grpc_url, "triton_shared_memory": "on"}
+        async with start(models_dir=models, **settings) as running:
             assert_exact(requests, await develop_all(running.address, requests), expected)
+            [served] = running.runtime.servers
+            used = [shapes for (key, shapes), idle in served.regions._idle.items() if key[1] == "denoiser" and idle]
+            assert {shapes[0] for shapes in used} == {(32, 8, 8), (32, 6, 4)}

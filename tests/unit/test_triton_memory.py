@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 from safelight_server.domain.component import Component
 from safelight_server.runtime.base import StableRows
 from safelight_server.runtime.triton.client import CallFailed, Trouble
-from safelight_server.runtime.triton.models import Tensor
+from safelight_server.runtime.triton.models import ServedModel, Tensor
 from safelight_server.runtime.triton.shared_memory import RegionPool, layout, place
 
-KEY = ("m", Component.DENOISER)
+KEY = (("m", Component.DENOISER), ())
 ROWS = 4
 TENSORS = [
     Tensor("sample", (2, 2), (2, 2), "FP32", np.float32),
@@ -57,7 +58,7 @@ def inputs(versions, fill=1.0):
     return {
         "sample": np.full((rows, 2, 2), fill, np.float32),
         "timestep": np.arange(rows, dtype=np.float32),
-        "context": StableRows(np.array(versions), lambda at: context[at]),
+        "context": StableRows((3,), np.array(versions), lambda at: context[at]),
     }
 
 
@@ -143,7 +144,7 @@ async def test_rows_of_zeros_are_written_only_where_something_else_was(pool):
         return np.zeros((len(at), 3), np.float32)
 
     def plain(*versions):
-        return inputs(versions) | {"context": StableRows(np.array(versions), take)}
+        return inputs(versions) | {"context": StableRows((3,), np.array(versions), take)}
 
     region.write(plain(0, 0))
     assert not taken
@@ -169,7 +170,18 @@ def test_places_are_distinct_and_kept_wherever_that_is_possible(held, wanted):
     assert kept >= len(set(held[: len(wanted)]) & set(wanted))
 
 
-def test_a_size_that_is_not_known_beforehand_has_no_layout():
-    free = Tensor("x", (-1,), (-1,), "FP32", np.float32)
-    assert layout({"x": free}, {}) is None
-    assert layout({"a": TENSORS[0]}, {"b": TENSORS[1]}) == TENSORS[:2]
+def test_a_size_that_is_not_known_beforehand_has_no_layout_before_a_call_at_it():
+    free = Tensor("x", (2, -1), (2, -1), "FP32", np.float32)
+    result = replace(free, name="y")
+    model = ServedModel(4, {"x": free, "context": TENSORS[2]}, {"y": result})
+    assert layout(model) is None
+    context = StableRows((3,), np.array([1]), lambda at: np.ones((len(at), 3), np.float32))
+    given = {"context": context, "x": np.zeros((1, 2, 5), np.float32)}
+    assert model.shapes(given) == ((2, 5),)
+    sized = model.sized(given, {"y": np.zeros((1, 2, 7), np.float32)})
+    assert [tensor.dims for tensor in layout(sized)] == [(2, 5), (3,), (2, 7)]
+    stable = StableRows((2, 6), np.array([1]), lambda at: np.ones((len(at), 2, 6), np.float32))
+    assert model.shapes({"x": stable, "context": context}) == ((2, 6),)
+    closed = ServedModel(4, {"a": TENSORS[0]}, {"b": TENSORS[1]})
+    assert layout(closed) == TENSORS[:2]
+    assert closed.shapes({"a": np.zeros((1, 2, 2), np.float32)}) == ()

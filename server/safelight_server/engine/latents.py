@@ -323,7 +323,7 @@ class Latents:
             prompts = [self._image_prompts.get(slot) for slot in slots.tolist()]
             return np.array([0.0 if prompt is None else prompt.scale for prompt in prompts], np.float32)
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
-        return StableRows(self._context_versions[context], lambda at: rows[context[at]])
+        return StableRows(rows.shape[1:], self._context_versions[context], lambda at: rows[context[at]])
 
     def _adapter_weights(self, slots: Slots) -> StableRows:
         """What each row's adapters add, one below the other, and zeros below them, (B, R, Q)."""
@@ -457,7 +457,7 @@ def _joined(
                 made[row, first : first + len(piece)] = piece
         return made
 
-    return StableRows(versions, take)
+    return StableRows(shape, versions, take)
 
 
 def _planes(pixels: Pixels) -> FloatArray:

@@ -27,11 +27,13 @@ class StableRows:
     """An input whose rows stay the same from call to call, so that a runtime which holds a row need not copy it again.
 
     Attributes:
+        shape: of one row.
         versions: (B,) int64; rows with equal versions are bit-equal, in all calls of a process. 0: a row of zeros.
         take: makes a copy, (N, ...) float32, of the rows at N positions in the batch. Its rows do not change while the
             call runs.
     """
 
+    shape: tuple[int, ...]
     versions: npt.NDArray[np.int64]
     take: Callable[[npt.NDArray[np.intp]], FloatArray]
 
