@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safelight_server.domain.component import Component
 from safelight_server.runtime.base import StableRows
 from safelight_server.runtime.triton.client import CallFailed, Trouble
-from safelight_server.runtime.triton.models import ServedModel, Tensor
+from safelight_server.runtime.triton.models import ServedModel, Tensor, most_rows, weight_bytes
 from safelight_server.runtime.triton.shared_memory import RegionPool, layout, place
+from safelight_server.runtime.verification import InputSpec
 
 KEY = (("m", Component.DENOISER), ())
 ROWS = 4
@@ -185,3 +186,20 @@ def test_a_size_that_is_not_known_beforehand_has_no_layout_before_a_call_at_it()
     closed = ServedModel(4, {"a": TENSORS[0]}, {"b": TENSORS[1]})
     assert layout(closed) == TENSORS[:2]
     assert closed.shapes({"a": np.zeros((1, 2, 2), np.float32)}) == ()
+
+
+def test_no_batch_is_larger_than_a_message_of_grpc():
+    def sizes(*edges):
+        return [[InputSpec("images", (2, 3, edge, edge)), InputSpec("ids", (77,), True)] for edge in edges]
+
+    assert most_rows(sizes(64, 128), 64) == 64
+    assert most_rows(sizes(512, 2048), 64) == (2 << 30) // (4 * 2 * 3 * 2048**2 + 8 * 77)
+    assert most_rows(sizes(16384), 64) == 1, "the server tells what is wrong with it"
+
+
+def test_weights_beside_the_network_count_for_its_size(tmp_path):
+    """Else gigabytes of them would be loaded into the gateway, to compare bits."""
+    for name, num_bytes in (("a/model.onnx", 3), ("b/model.onnx", 5), ("b/model.onnx.data", 100)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(num_bytes))
+    assert weight_bytes([tmp_path / "a" / "model.onnx", tmp_path / "b" / "model.onnx"]) == 108

@@ -7,21 +7,24 @@ catalog has read; the config that a server reports must agree with them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import model_config_pb2 as pb
 
 from safelight_server.catalog import config_pbtxt
-from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.catalog import DATA_FILE, Catalog
 from safelight_server.catalog.config_pbtxt import ModelConfig
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import Inputs, StableRows
 from safelight_server.runtime.verification import InputSpec
 
+MESSAGE_BYTES = (2 << 30) - (1 << 20)
+"""What a message of gRPC can hold is below 2 GiB, of which a part is left for names and shapes."""
 ModelKey = tuple[str, Component]
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -105,6 +108,21 @@ _TYPES: dict[int, tuple[str, npt.DTypeLike]] = {
     pb.TYPE_FP32: ("FP32", np.float32),
     pb.TYPE_INT64: ("INT64", np.int64),
 }
+
+
+def weight_bytes(files: Iterable[Path]) -> int:
+    """Bytes of ONNX files, with the weights that are in files of their own."""
+    parts = [part for file in files for part in (file, file.with_name(DATA_FILE))]
+    return sum(part.stat().st_size for part in parts if part.exists())
+
+
+def most_rows(sizes: Sequence[Sequence[InputSpec]], bound: int) -> int:
+    """Largest batch, at most `bound`, that fits into a message of gRPC at all sizes.
+
+    What goes through shared memory is bounded too: a call goes over gRPC where there is no room for it.
+    """
+    row_bytes = max(sum((8 if at.is_ids else 4) * math.prod(at.shape) for at in specs) for specs in sizes)
+    return max(1, min(bound, MESSAGE_BYTES // row_bytes))
 
 
 def _row_shape(rows: Array | StableRows) -> tuple[int, ...]:
