@@ -19,10 +19,11 @@ from tests.integration.test_images import MASK, PHOTO, name_of
 from tests.support.adapters import write_adapter
 from tests.support.conditions import NAME, TWO_SIZES, models_with_conditions
 from tests.triton.developing import Load, Seen, assert_exact, develop_all
-from tests.triton.support import TritonServer, triton_server, triton_servers
+from tests.triton.support import TritonServer, triton_server
 
 pytestmark = pytest.mark.timeout(180)
 
+PATIENCE_S = 60.0
 PHOTOGRAPH, MASKED = name_of(PHOTO), name_of(MASK)
 ADAPTERS = {"pixel": 2, "ink": 3}
 """Names and ranks."""
@@ -116,19 +117,19 @@ async def test_an_adapter_that_comes_and_changes_while_the_server_runs(start, mo
         assert pictures[0] != pictures[1]
 
 
-async def test_kill_9_in_mid_generation_changes_no_pixel(start, models):
+async def test_kill_9_in_mid_generation_changes_no_pixel(start, models, triton):
     requests = conditioned(50)
     expected = await embedded(start, requests, models_dir=models)
-    with triton_servers(2, "--repository", models / "repository") as (one, other):
-        settings = {"models_dir": models, "runtime": "triton", "triton_url": f"{one.grpc_url},{other.grpc_url}"}
+    with triton_server("--repository", models / "repository") as one:
+        settings = {"models_dir": models, "runtime": "triton", "triton_url": f"{one.grpc_url},{triton.grpc_url}"}
         async with start(**settings) as running, grpc.aio.insecure_channel(running.address) as channel:
-            await eventually(lambda: running.runtime.num_live == 2)
+            await eventually(lambda: running.runtime.num_live == 2, PATIENCE_S)
             load = Load(channel, requests)
-            await eventually(load.reached(4))
+            await eventually(load.reached(4), PATIENCE_S)
             os.kill(one.pid, signal.SIGKILL)
             assert load.num_running == len(requests)
             await asyncio.to_thread(one.supervisor.wait, 10)
-            await eventually(lambda: running.runtime.num_live == 1)
+            await eventually(lambda: running.runtime.num_live == 1, PATIENCE_S)
             assert_exact(requests, await load.finish(), expected)
 
 
