@@ -79,9 +79,11 @@ def _denoiser(models: Path, latent: Shape, picture: Shape) -> dict[str, object]:
     rank = ROOM["max_rank"]
     nodes = [
         node("Tanh", ["sample"], "of_latent"),
-        # as UNets do: there is no half of 1 x 1
+        # as a UNet's skip connection, which refuses what has no half
         node("AveragePool", ["sample"], "halved", kernel_shape=[2, 2], strides=[2, 2]),
-        node("ReduceMean", ["halved"], "of_halved", axes=[1, 2, 3], keepdims=0),
+        node("ConvTranspose", ["halved", "doubling"], "doubled", strides=[2, 2], group=CHANNELS),
+        node("Concat", ["sample", "doubled"], "both", axis=1),
+        node("ReduceMean", ["both"], "of_halved", axes=[1, 2, 3], keepdims=0),
         node("ReduceMean", ["encoder_hidden_states"], "of_prompt", axes=[1, 2], keepdims=0),
         node("Unsqueeze", ["adapter_scales", "second_axis"], "scales_of_ranks"),
         node("Mul", ["adapter_weights", "scales_of_ranks"], "of_ranks"),
@@ -101,6 +103,7 @@ def _denoiser(models: Path, latent: Shape, picture: Shape) -> dict[str, object]:
     axes = {"first_axis": [0], "second_axis": [2], "after_rows": [1], "last_axes": [1, 2, 3]}
     constants = {name: np.array(value, np.int64) for name, value in axes.items()}
     constants |= {f"place_{place}": np.array(place, np.int64) for place in range(len(CONTROLS))}
+    constants |= {"doubling": np.ones((CHANNELS, 1, 2, 2), np.float32)}
     constants |= {"zero": np.array(0, np.float32), "ten": np.array(10, np.float32), "nothing": np.zeros(1, np.float32)}
     constants |= {f"factor_{place}": np.array(1 - 1.5 * place, np.float32) for place in range(len(CONTROLS))}
     return add_network(
