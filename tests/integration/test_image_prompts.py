@@ -12,7 +12,6 @@ import pytest_asyncio
 from PIL import Image
 from safelight import Client, GenerationError
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
 from safelight_server.cli.main import main
 from safelight_server.domain.component import Component
@@ -22,7 +21,7 @@ from tests.conftest import eventually, serving_here
 from tests.integration.test_generate import all_at_once, collect, pixels, reason_of
 from tests.integration.test_images import NONE, PHOTO, development, name_of, png, upload
 from tests.integration.test_requests import details, fields
-from tests.support.image_prompts import NAME, models_with_image_prompts
+from tests.support.conditions import NAME, models_with_conditions, serving_conditions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 RED, DARK = (png(Image.new("RGB", (30, 20), colour)) for colour in ("red", (20, 10, 0)))
@@ -30,16 +29,13 @@ RED, DARK = (png(Image.new("RGB", (30, 20), colour)) for colour in ("red", (20, 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models_with_image_prompts(tmp_path_factory.mktemp("image_prompts"))
+    return models_with_conditions(tmp_path_factory.mktemp("image_prompts"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(models):
-    async with (
-        serving_here(models_dir=models, num_instances=1) as running,
-        grpc.aio.insecure_channel(running.address) as channel,
-    ):
-        yield running, channel, stubs.GenerationServiceStub(channel)
+    async with serving_conditions(models) as served:
+        yield served
 
 
 @pytest.fixture
