@@ -52,6 +52,7 @@ class OutputTensors:
         conditioning: ids of its embeddings: the prompt's, with guidance the negative prompt's, and the image prompt's
             if it has one.
         init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
+        masked_image: the picture of which an inpainting denoiser is given what its mask keeps.
         guided_steps: the steps with guidance; None: all.
         embeddings: its embeddings that are known already, by id.
         key: the key of its denoiser batches.
@@ -78,6 +79,7 @@ class OutputTensors:
     slot: int | None = None
     image: FloatArray | None = None
     image_prompt_scale: float = 0.0
+    masked_image: InitImage | None = None
 
 
 @dataclass(slots=True)
@@ -329,6 +331,10 @@ class Batches:
         if (image := output.init_image) is not None:
             encoding = self._embeddings[image.name(output.pipeline)]
             picture = image.clean_latent(output.pipeline, encoding, output.seed)
+        masked = None
+        if (image := output.masked_image) is not None:
+            encoding = self._embeddings[image.masked_name(output.pipeline)]
+            masked = image.masked_image(output.pipeline, encoding, output.seed)
         output.slot = self._latents[key].claim(
             output.table,
             output.seed,
@@ -341,6 +347,7 @@ class Batches:
             output.adapters,
             output.controls,
             image_prompt,
+            masked,
         )
 
 

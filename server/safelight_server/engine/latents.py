@@ -25,6 +25,8 @@ from safelight_server.catalog.manifest import (
     IMAGE_PROMPT_SCALE_SOURCE,
     IMAGE_PROMPT_TOKENS_SOURCE,
     LATENT_SOURCE,
+    MASK_SOURCE,
+    MASKED_IMAGE_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
@@ -81,6 +83,19 @@ class CleanLatent:
 
     clean: FloatArray
     mask: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMaskedImage:
+    """What an inpainting denoiser is given of a picture for the rows of an output.
+
+    Attributes:
+        mask: (1, h, w) float32: 1 where it is developed anew, 0 where it is kept.
+        latent: of the picture without the part that is developed anew, (C, h, w) float32.
+    """
+
+    mask: FloatArray
+    latent: FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +190,7 @@ class Latents:
         self._controls: dict[int, list[tuple[RowControl, FloatArray]]] = {}  # each with its picture, (3, H, W)
         self._image_prompt_room = image_prompt_room
         self._image_prompts: dict[int, RowImagePrompt] = {}  # of the slots that have one
+        self._masked_images: dict[int, RowMaskedImage] = {}
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
@@ -213,6 +229,7 @@ class Latents:
         adapters: Sequence[RowAdapter] = (),
         controls: Sequence[RowControl] = (),
         image_prompt: RowImagePrompt | None = None,
+        masked_image: RowMaskedImage | None = None,
     ) -> int:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
@@ -225,6 +242,7 @@ class Latents:
             adapters: together of at most the rank that the room has.
             controls: at most one for each network.
             image_prompt: None: its rows have none.
+            masked_image: needed where the denoiser has inputs for it.
         """
         slot = self._free[-1]
         steps = table.num_steps
@@ -241,6 +259,8 @@ class Latents:
         self._controls[slot] = [(control, _planes(control.pixels)) for control in controls]
         if image_prompt is not None:
             self._image_prompts[slot] = image_prompt
+        if masked_image is not None:
+            self._masked_images[slot] = masked_image
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
         for name, rows in self._context.items():
@@ -266,6 +286,7 @@ class Latents:
         self._adapters.pop(slot, None)
         self._controls.pop(slot, None)
         self._image_prompts.pop(slot, None)
+        self._masked_images.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -315,6 +336,10 @@ class Latents:
         if source == IMAGE_PROMPT_SCALE_SOURCE:
             prompts = [self._image_prompts.get(slot) for slot in slots.tolist()]
             return np.array([0.0 if prompt is None else prompt.scale for prompt in prompts], np.float32)
+        if source == MASK_SOURCE:
+            return np.stack([self._masked_images[slot].mask for slot in slots.tolist()])
+        if source == MASKED_IMAGE_SOURCE:
+            return np.stack([self._masked_images[slot].latent for slot in slots.tolist()])
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
         return StableRows(rows, context, self._context_versions[context])
 

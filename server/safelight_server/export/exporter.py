@@ -1,9 +1,9 @@
 """Exports a diffusers folder, or a checkpoint in one file, as a Triton model repository and a pipeline manifest.
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
-AutoencoderTiny or AutoencoderKL, and any `StableDiffusionXLPipeline` with a
-CLIPTextModelWithProjection beside these; a folder `preview_decoder/` (AutoencoderTiny)
-and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
+AutoencoderTiny or AutoencoderKL, any `StableDiffusionXLPipeline` with a
+CLIPTextModelWithProjection beside these, and their classes for inpainting; a folder `preview_decoder/`
+(AutoencoderTiny) and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
 `linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. For the
 `torch` runtime the networks are written as safetensors (`ExportFormat`). The
@@ -353,6 +353,9 @@ def example_inputs(
             inputs["pooled_projections"] = torch.randn(rows, pooled, generator=generator)
         if made.is_guidance_distilled:
             inputs["guidance"] = torch.tensor([3.5, 1.0])
+        if made.is_inpainting:
+            inputs["mask"] = torch.randint(0, 2, (rows, 1, *size), generator=generator).float()
+            inputs["masked_image"] = torch.randn(latent.shape, generator=generator)
         if made.image_prompt is not None:
             tokens = made.image_prompt.num_tokens, made.image_prompt.width
             inputs["image_prompt_tokens"] = torch.randn(rows, *tokens, generator=generator)

@@ -74,7 +74,7 @@ SHARED: Mapping[str, Any] = {
 FLUX_PATCH = 2
 """Pixels along an edge of what FLUX packs to a token."""
 SCHNELL_T5_TOKENS = 256
-_IN_CHANNELS = {"flux": 64, "stable-diffusion-3": 16, "stable-diffusion": 4, "stable-diffusion-xl": 4}
+_IN_CHANNELS = {"flux": 64, "stable-diffusion-3": 16}
 NUM_SIZE_IDS = 6
 """Numbers of the size that SDXL's denoiser is given; its refiner has 5, of which one is an aesthetic score."""
 KL_SHAPE = _keys(
@@ -175,14 +175,14 @@ def _judge_unet(source: Source, findings: Findings) -> None:
     for name in source.family.text_encoders:
         _check(f"{name}/config.json", configs[name], TEXT_SHAPE, TEXT_RULES, findings)
     latents, inputs, outputs = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs != latents:
-        kind = {2 * latents + 1: "an inpainting UNet", 2 * latents: "a UNet that edits pictures"}.get(inputs, "a UNet")
+    if inputs != latents and not is_inpainting(source):
+        kind = "a UNet that edits pictures" if inputs == 2 * latents else "a UNet"
         findings.faults.append(
             f"unet/config.json: in_channels {inputs}: {kind}; the server gives the denoiser the {latents} channels of"
-            " the latent and nothing else"
+            f" the latent, and one that inpaints a mask and {latents} channels of a picture beside them"
         )
-    elif outputs != inputs:
-        findings.faults.append(f"unet/config.json: out_channels {outputs} is not in_channels {inputs}")
+    elif outputs != latents:
+        findings.faults.append(f"unet/config.json: out_channels {outputs} is not the latent's {latents}")
     hidden = [configs[name].get("hidden_size", 512) for name in source.family.text_encoders]
     width = unet.get("cross_attention_dim", 1280)
     if width != sum(hidden) and unet.get("encoder_hid_dim_type") is None:
@@ -210,6 +210,8 @@ def judge_control(source: Source, name: str, config: Config, factor: int, findin
     _check(f"{option}: config.json", config, CONTROL_SHAPE, CONTROL_RULES, findings)
     for key, default in SHARED.items():
         found, wanted = config.get(key, default), source.configs["unet"].get(key, default)
+        if key == "in_channels":  # it is given the latent alone, also where the UNet inpaints
+            wanted = latent_channels(source)
         if found != wanted:
             findings.faults.append(f"{option}: config.json: {key} is {found}, that of the UNet is {wanted}")
     stages = config.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)
@@ -281,8 +283,17 @@ def is_guidance_distilled(source: Source) -> bool:
     return bool(source.family.name == "flux" and source.configs["transformer"].get("guidance_embeds", False))
 
 
+def is_inpainting(source: Source) -> bool:
+    """Whether the UNet takes a mask and the latent of a picture without a part of it beside the latent."""
+    if source.family.denoiser == "transformer":
+        return False
+    return bool(source.configs["unet"].get("in_channels", 4) == 2 * latent_channels(source) + 1)
+
+
 def latent_channels(source: Source) -> int:
     """Channels of a latent."""
+    if source.family.denoiser == "unet":
+        return int(source.configs["vae"].get("latent_channels", 4))
     channels = int(source.configs[source.family.denoiser].get("in_channels", _IN_CHANNELS[source.family.name]))
     return channels // 4 if source.family.name == "flux" else channels
 
