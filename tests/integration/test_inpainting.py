@@ -17,10 +17,13 @@ from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.domain.component import Component
 from safelight_server.runtime.onnx import OnnxRuntime
 
+from load_tests.ports import free_port
 from tests.conftest import eventually, serving_here
+from tests.integration.test_edits import CLEAR, EDITS, TEXTS, files
 from tests.integration.test_generate import collect, pixels
 from tests.integration.test_images import ACROSS, DOWN, MASK, PHOTO, development, png, upload
 from tests.integration.test_requests import details, fields
+from tests.support.http import GENERATIONS, body, client
 from tests.support.inpainting import models_that_inpaint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -36,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(models):
     async with (
-        serving_here(models_dir=models, num_instances=1) as running,
+        serving_here(models_dir=models, num_instances=1, http_port=free_port()) as running,
         grpc.aio.insecure_channel(running.address) as channel,
     ):
         names = [(await upload(channel, data)).name for data in (PHOTO, MASK, OTHER_MASK)]
@@ -148,3 +151,14 @@ async def test_a_client_inpaints_and_is_told_what_lacks(server):
         with pytest.raises(GenerationError) as refused:
             await client.generate("a red potion", init_image=PHOTO).picture()
         assert "say which; a white picture stands for all of it" in refused.value.violations["spec.mask"]
+
+
+async def test_a_model_that_inpaints_makes_edits_alone_over_http(server):
+    running, *_ = server
+    async with client(running) as http:
+        refused = await http.post(GENERATIONS, json=body())
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+        assert "only inpaints: send a picture and a mask to POST /v1/images/edits" in refused.text
+        unmasked = await http.post(EDITS, data=TEXTS, files=files())
+        assert (unmasked.status_code, unmasked.json()["error"]["param"]) == (400, "mask")
+        assert (await http.post(EDITS, data=TEXTS, files=files(mask=CLEAR))).status_code == 200

@@ -58,8 +58,8 @@ class InitImage:
         """
         latent = _encoded(pipeline, encoding, seed, WHOLE)
         # An inpainting denoiser keeps the rest of the picture itself, as it was trained to do.
-        is_mixed = self.mask is not None and not pipeline.manifest.is_inpainting
-        return CleanLatent(latent, shrunk_mask(self.mask, latent.shape[1:]) if is_mixed else None)
+        mask = None if pipeline.manifest.is_inpainting else self.mask
+        return CleanLatent(latent, None if mask is None else shrunk_mask(mask, latent.shape[1:]))
 
     def masked_name(self, pipeline: Pipeline) -> str:
         """The name of the encoding of what its mask keeps of it."""
