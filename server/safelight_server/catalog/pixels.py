@@ -37,26 +37,20 @@ def denoiser_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
     return (latent - np.float32(at.shift_factor)) * np.float32(at.scaling_factor)
 
 
-def encoder_image(pixels: npt.NDArray[np.uint8]) -> FloatArray:
+def encoder_image(pixels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8] | None = None) -> FloatArray:
     """Converts RGB bytes (H, W, 3) to the encoder's input, (3, H, W) in [-1, 1], like diffusers' image processor.
 
     Args:
-        pixels: may have a fourth channel; where that is not 0 the input is 0, which no byte stands for
-            (`without_part`).
+        mask: (H, W); what it develops anew is left out: 0, a grey that no byte stands for. None: nothing is.
     """
-    shares = pixels[..., :3].astype(np.float32).transpose(2, 0, 1) / np.float32(255)
+    shares = pixels.astype(np.float32).transpose(2, 0, 1) / np.float32(255)
     image = np.float32(2) * shares - np.float32(1)
-    return np.ascontiguousarray(image if pixels.shape[2] == 3 else image * (pixels[..., 3] == 0))
+    return np.ascontiguousarray(image if mask is None else image * ~is_anew(mask))
 
 
 def is_anew(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Where an inpainting denoiser develops anew: it takes no grey, and diffusers draws the line at one half."""
     return mask >= 128
-
-
-def without_part(pixels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A picture (H, W, 3) without what its mask (H, W) develops anew, for `encoder_image`: (H, W, 4) uint8."""
-    return np.dstack([pixels, is_anew(mask).astype(np.uint8)])
 
 
 def sampled_mask(mask: npt.NDArray[np.uint8], size: tuple[int, ...]) -> FloatArray:

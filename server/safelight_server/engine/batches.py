@@ -20,7 +20,7 @@ from safelight_server.catalog.manifest import IMAGE_PROMPT_OUTPUTS
 from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding, FloatArray
-from safelight_server.engine.jobs import EncoderInput, InitImage
+from safelight_server.engine.jobs import EncoderInput, InitImage, MaskedPicture
 from safelight_server.engine.latents import Latents, RowAdapter, RowControl, RowImagePrompt, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
 from safelight_server.sampler import SamplerTable
@@ -136,7 +136,7 @@ class Batches:
         if batch.kind is Kind.ENCODE:
             given = [self.encoder_inputs[row.conditioning_id] for row in batch.rows]
             if key.component in (Component.ENCODER, Component.IMAGE_ENCODER):
-                return PreparedCall(key, {"image": np.stack([encoder_image(np.asarray(one)) for one in given])}, 0)
+                return PreparedCall(key, {"image": np.stack([_encoder_row(one) for one in given])}, 0)
             return PreparedCall(key, {"input_ids": np.array(given, np.int64)}, 0)
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
@@ -349,6 +349,13 @@ class Batches:
             image_prompt,
             masked,
         )
+
+
+def _encoder_row(given: EncoderInput) -> FloatArray:
+    """A picture, or what its mask keeps of it, as an encoder takes it, (3, H, W)."""
+    if isinstance(given, MaskedPicture):
+        return encoder_image(given.pixels, given.mask)
+    return encoder_image(np.asarray(given))
 
 
 def _embeddings(key: BatchKey, results: Mapping[str, FloatArray]) -> list[Embedding]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.catalog.pixels import denoiser_latent, sampled_mask, shrunk_mask, to_pixels, without_part
+from safelight_server.catalog.pixels import denoiser_latent, sampled_mask, shrunk_mask, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import Pixels, scaled
 from safelight_server.domain.tensors import Embedding, FloatArray
@@ -23,8 +23,16 @@ COMPONENTS = {
 }
 
 
-EncoderInput = tuple[int, ...] | Pixels
-"""The input of an encoder: token ids (T,), or the pixels of a picture (H, W, 3), or (H, W, 4) as `encoder_image`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskedPicture:
+    """A picture of which is encoded what its mask keeps: `pixels` (H, W, 3) and `mask` (H, W), uint8."""
+
+    pixels: Pixels
+    mask: Pixels
+
+
+EncoderInput = tuple[int, ...] | Pixels | MaskedPicture
+"""The input of an encoder: token ids (T,), the pixels of a picture (H, W, 3), or a part of one."""
 WHOLE, WITHOUT_PART = 0, 1
 """By what is encoded of an init image the counter of its noise: two encodings of an output have independent noise."""
 
@@ -65,16 +73,16 @@ class InitImage:
         """The name of the encoding of what its mask keeps of it."""
         return f"{self.name(pipeline)}:without:{self.mask_digest}"
 
-    def kept_pixels(self) -> Pixels:
-        """What its mask keeps of it, for the encoder (`encoder_image`), (H, W, 4) uint8."""
+    def without_part(self) -> MaskedPicture:
+        """What its mask keeps of it, for the encoder."""
         assert self.mask is not None
-        return without_part(self.pixels, self.mask)
+        return MaskedPicture(self.pixels, self.mask)
 
     def masked_image(self, pipeline: Pipeline, encoding: Embedding, seed: int) -> RowMaskedImage:
         """What an inpainting denoiser is given of it for an output.
 
         Args:
-            encoding: of `kept_pixels`: `mean` and, where the encoder gives one, `std`, (C, h, w).
+            encoding: of `without_part`: `mean` and, where the encoder gives one, `std`, (C, h, w).
         """
         assert self.mask is not None
         latent = _encoded(pipeline, encoding, seed, WITHOUT_PART)
@@ -196,7 +204,7 @@ class Job:
         if self.image is not None and (name := self.encoded_image):
             inputs[name] = self.image.pixels
         if self.image is not None and (name := self.encoded_masked_image):
-            inputs[name] = self.image.kept_pixels()
+            inputs[name] = self.image.without_part()
         return inputs
 
     @property
