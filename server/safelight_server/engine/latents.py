@@ -190,7 +190,6 @@ class Latents:
         self._controls: dict[int, list[tuple[RowControl, FloatArray]]] = {}  # each with its picture, (3, H, W)
         self._image_prompt_room = image_prompt_room
         self._image_prompts: dict[int, RowImagePrompt] = {}  # of the slots that have one
-        self._masked_images: dict[int, RowMaskedImage] = {}
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
@@ -210,6 +209,9 @@ class Latents:
         self._rescale = np.zeros(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
         self._inpainting: dict[int, _Inpainting] = {}
+        num_masked = capacity if MASK_SOURCE in inputs.values() else 0
+        self._mask = np.zeros((num_masked, 1, *shape[1:]), np.float32)
+        self._masked_image = np.zeros((num_masked, *shape), np.float32)
 
     @property
     def num_used(self) -> int:
@@ -242,10 +244,13 @@ class Latents:
             adapters: together of at most the rank that the room has.
             controls: at most one for each network.
             image_prompt: None: its rows have none.
-            masked_image: needed where the denoiser has inputs for it.
+            masked_image: where the denoiser has inputs for it.
         """
         slot = self._free[-1]
         steps = table.num_steps
+        assert (masked_image is not None) == bool(len(self._mask))  # else rows had that of an earlier output
+        if masked_image is not None:
+            self._mask[slot], self._masked_image[slot] = masked_image.mask, masked_image.latent
         self._coefficients[slot, :steps] = table.coefficients
         self._in_scale[slot, :steps] = table.in_scale
         self._timesteps[slot, :steps] = table.timesteps
@@ -259,8 +264,6 @@ class Latents:
         self._controls[slot] = [(control, _planes(control.pixels)) for control in controls]
         if image_prompt is not None:
             self._image_prompts[slot] = image_prompt
-        if masked_image is not None:
-            self._masked_images[slot] = masked_image
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
         for name, rows in self._context.items():
@@ -286,7 +289,6 @@ class Latents:
         self._adapters.pop(slot, None)
         self._controls.pop(slot, None)
         self._image_prompts.pop(slot, None)
-        self._masked_images.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -320,6 +322,12 @@ class Latents:
         if source == GUIDANCE_SOURCE:
             given: FloatArray = self._given_guidance[slots]
             return given
+        if source == MASK_SOURCE:
+            mask: FloatArray = self._mask[slots]
+            return mask
+        if source == MASKED_IMAGE_SOURCE:
+            masked: FloatArray = self._masked_image[slots]
+            return masked
         if source == SIZE_IDS_SOURCE:
             assert self._size_ids is not None
             return np.tile(self._size_ids, (len(slots), 1))
@@ -336,10 +344,6 @@ class Latents:
         if source == IMAGE_PROMPT_SCALE_SOURCE:
             prompts = [self._image_prompts.get(slot) for slot in slots.tolist()]
             return np.array([0.0 if prompt is None else prompt.scale for prompt in prompts], np.float32)
-        if source == MASK_SOURCE:
-            return np.stack([self._masked_images[slot].mask for slot in slots.tolist()])
-        if source == MASKED_IMAGE_SOURCE:
-            return np.stack([self._masked_images[slot].latent for slot in slots.tolist()])
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
         return StableRows(rows, context, self._context_versions[context])
 

@@ -1,9 +1,9 @@
 """Exports a diffusers folder, or a checkpoint in one file, as a Triton model repository and a pipeline manifest.
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
-AutoencoderTiny or AutoencoderKL, any `StableDiffusionXLPipeline` with a
-CLIPTextModelWithProjection beside these, and their classes for inpainting; a folder `preview_decoder/`
-(AutoencoderTiny) and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
+AutoencoderTiny or AutoencoderKL, and any `StableDiffusionXLPipeline` with a
+CLIPTextModelWithProjection beside these; a folder `preview_decoder/` (AutoencoderTiny)
+and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
 `linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. For the
 `torch` runtime the networks are written as safetensors (`ExportFormat`). The

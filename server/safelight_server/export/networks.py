@@ -74,7 +74,7 @@ SHARED: Mapping[str, Any] = {
 FLUX_PATCH = 2
 """Pixels along an edge of what FLUX packs to a token."""
 SCHNELL_T5_TOKENS = 256
-_IN_CHANNELS = {"flux": 64, "stable-diffusion-3": 16}
+_IN_CHANNELS = {"flux": 64, "stable-diffusion-3": 16, "stable-diffusion": 4, "stable-diffusion-xl": 4}
 NUM_SIZE_IDS = 6
 """Numbers of the size that SDXL's denoiser is given; its refiner has 5, of which one is an aesthetic score."""
 KL_SHAPE = _keys(
@@ -287,14 +287,15 @@ def is_inpainting(source: Source) -> bool:
     """Whether the UNet takes a mask and the latent of a picture without a part of it beside the latent."""
     if source.family.denoiser == "transformer":
         return False
-    return bool(source.configs["unet"].get("in_channels", 4) == 2 * latent_channels(source) + 1)
+    latents = source.configs["vae"].get("latent_channels", 4)
+    return bool(source.configs["unet"].get("in_channels", 4) == 2 * latents + 1)
 
 
 def latent_channels(source: Source) -> int:
     """Channels of a latent."""
-    if source.family.denoiser == "unet":
-        return int(source.configs["vae"].get("latent_channels", 4))
     channels = int(source.configs[source.family.denoiser].get("in_channels", _IN_CHANNELS[source.family.name]))
+    if is_inpainting(source):
+        return channels // 2
     return channels // 4 if source.family.name == "flux" else channels
 
 

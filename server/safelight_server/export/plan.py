@@ -236,6 +236,8 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         )
     if offer is None:
         raise ExportError("; ".join(findings.faults))
+    if networks.is_inpainting(source):
+        findings.notes.append("only inpaints: each request needs a picture and a mask, and strength is 1 by default")
     distilled = _distilled(source, checkpoint, offer)
     is_guided = networks.is_guidance_distilled(source)
     if distilled and offer.default["name"] != "lcm" and None in (options.steps, options.guidance_scale):
@@ -248,8 +250,6 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         findings.notes.append(
             "guidance is an input of the denoiser: a step has one row, and a negative prompt has no effect"
         )
-    if networks.is_inpainting(source):
-        findings.notes.append("only inpaints: each request needs a picture and a mask, and strength is 1 by default")
     made = ExportPlan(
         source=source,
         checkpoint=checkpoint,
