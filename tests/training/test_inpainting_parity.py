@@ -44,7 +44,7 @@ SAMPLERS = {
     "euler_ancestral": EulerAncestralDiscreteScheduler,
 }
 SIZES = ((16, 24), (32, 16))
-PROMPTS = ("a red dragon, wow! 8k!!", "an old castle at night in the water of a small city, sharp gold", "")
+PROMPTS = ("a red dragon, wow! 8k!!", "an old castle at night in the water of a small city, sharp gold", "wow! ! 42%")
 NEGATIVE = "blurry, ugly!"
 SEEDS = [5, 6]
 LEAST_CONTRAST = 8

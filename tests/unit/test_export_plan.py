@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safelight_server.cli.export import export as export_command
 from safelight_server.export import schedulers
 from safelight_server.export.plan import ExportFormat, ExportOptions, ExportPlan, draft, make
 from safelight_server.export.source import ExportError
@@ -498,6 +499,11 @@ def test_a_unet_of_sdxl_that_inpaints_is_planned(sdxl: SdxlFolder) -> None:
     assert {"mask", "masked_image", "time_ids"} <= draft(made)["inputs"].keys()
 
 
+def test_a_unet_that_inpaints_is_not_quantized_and_says_so_before_it_is_exported(folder: Folder) -> None:
+    with pytest.raises(ExportError, match="--quantize: does not calibrate with pictures and masks"):
+        export_command(folder(unet={"in_channels": 9}), quantize="int8", name="small", dry_run=True)
+
+
 def test_a_unet_that_does_not_inpaint_is_planned_as_any_other(folder: Folder) -> None:
     made = plan(folder(index={"_class_name": "StableDiffusionInpaintPipeline"}))
     assert not made.is_inpainting
@@ -828,6 +834,14 @@ def test_control_networks_are_planned(folder: Folder, tmp_path: Path) -> None:
     assert made.num_values["--control edges"] == 5
     assert made.peak_bytes > plan(folder()).peak_bytes
     assert "controls" not in draft(plan(folder()))
+
+
+def test_a_control_network_of_a_unet_that_inpaints_takes_the_latent_alone(folder: Folder, tmp_path: Path) -> None:
+    place = folder(unet={"in_channels": 9})
+    made = plan(place, controls=(("edges", control_folder(tmp_path / "four")),))
+    assert {"mask", "masked_image", "control_images"} <= draft(made)["inputs"].keys()
+    said = fault(place, controls=(("edges", control_folder(tmp_path / "nine", in_channels=9)),))
+    assert said == "--control edges: config.json: in_channels is 9, that of the latent is 4"
 
 
 @pytest.mark.parametrize(

@@ -209,11 +209,11 @@ def judge_control(source: Source, name: str, config: Config, factor: int, findin
         return
     _check(f"{option}: config.json", config, CONTROL_SHAPE, CONTROL_RULES, findings)
     for key, default in SHARED.items():
-        found, wanted = config.get(key, default), source.configs["unet"].get(key, default)
-        if key == "in_channels":  # it is given the latent alone, also where the UNet inpaints
-            wanted = latent_channels(source)
+        found, wanted, whose = config.get(key, default), source.configs["unet"].get(key, default), "UNet"
+        if key == "in_channels":  # a control network is not given the mask and the picture of a UNet that inpaints
+            wanted, whose = latent_channels(source), "latent"
         if found != wanted:
-            findings.faults.append(f"{option}: config.json: {key} is {found}, that of the UNet is {wanted}")
+            findings.faults.append(f"{option}: config.json: {key} is {found}, that of the {whose} is {wanted}")
     stages = config.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)
     if (shrinks := 2 ** (len(stages) - 1)) != factor:
         findings.faults.append(
