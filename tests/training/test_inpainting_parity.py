@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,12 @@ class Pair:
         torch.set_num_threads(1)
         whole = folders.pipeline() if kind == "sd15" else folders.sdxl_pipeline(latent=(12, 8))
         torch.manual_seed(9)
-        unet = UNet2DConditionModel.from_config(dict(whole.unet.config) | {"in_channels": 9}).eval()
+        unet = UNet2DConditionModel(**plain(whole.unet.config) | {"in_channels": 9}).eval()
         made = StableDiffusionInpaintPipeline if kind == "sd15" else StableDiffusionXLInpaintPipeline
         more = {"requires_safety_checker": False} if kind == "sd15" else {"add_watermarker": False}
         self.pipeline = made(**whole.components | {"unet": unet}, **more)
         self.pipeline.save_pretrained(place / "folder")
-        self.scheduler = dict(self.pipeline.scheduler.config) | {"clip_sample": False}
+        self.scheduler = plain(self.pipeline.scheduler.config) | {"clip_sample": False}
         options = ExportOptions(
             "tiny", licence="CC0-1.0", sizes=SIZES, format=ExportFormat.BOTH if EVERY else ExportFormat.ONNX
         )
@@ -132,6 +133,11 @@ class Pair:
     def ours(self, *given: Any, size: tuple[int, int], **more: Any) -> list[Pixels]:
         init, mask = png(picture_of(size)), png(mask_of(size))
         return self.served.pictures(*given, init, mask, spacing="leading", size=size, **more)
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it is in a file: a class of diffusers notes which values are defaults, and drops those."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def mask_of(size: tuple[int, int]) -> Image.Image:
