@@ -1,7 +1,8 @@
 """Exported UNets of 9 channels behind the server's engine against diffusers' inpainting pipelines, to 1/255.
 
-CI has Stable Diffusion and a part of the cells. `SAFELIGHT_ALL_PARITY=1 make test-training` has all cells, SDXL, and the
-torch runtime.
+CI has Stable Diffusion on the torch runtime, a part of the cells, and the ONNX file of the denoiser alone, as exporting
+the other networks takes most of the time. `SAFELIGHT_ALL_PARITY=1 make test-training` has all cells, SDXL, and both
+runtimes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import asyncio
 import itertools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from diffusers import (
@@ -27,7 +30,9 @@ from diffusers import (
 )
 from PIL import Image
 from safelight_server.catalog import catalog
-from safelight_server.export.exporter import export, round_weights
+from safelight_server.export import loading, plan
+from safelight_server.export.exporter import denoiser_of, example_inputs, export, round_weights
+from safelight_server.export.onnx_file import check_parity, write_onnx
 from safelight_server.export.plan import ExportFormat, ExportOptions
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime
@@ -45,6 +50,8 @@ SAMPLERS = {
     "euler_ancestral": EulerAncestralDiscreteScheduler,
 }
 SIZES = ((16, 24), (32, 16))
+OPTIONS = ExportOptions("tiny", licence="CC0-1.0", sizes=SIZES)
+FORMAT = ExportFormat.BOTH if EVERY else ExportFormat.TORCH
 PROMPTS = ("a red dragon, wow! 8k!!", "an old castle at night in the water of a small city, sharp gold", "wow! ! 42%")
 NEGATIVE = "blurry, ugly!"
 SEEDS = [5, 6]
@@ -76,15 +83,13 @@ class Pair:
         self.pipeline = made(**whole.components | {"unet": unet}, **more)
         self.pipeline.save_pretrained(place / "folder")
         self.scheduler = plain(self.pipeline.scheduler.config) | {"clip_sample": False}
-        options = ExportOptions(
-            "tiny", licence="CC0-1.0", sizes=SIZES, format=ExportFormat.BOTH if EVERY else ExportFormat.ONNX
-        )
-        export(place / "folder", place / "models", options)
+        export(place / "folder", place / "models", replace(OPTIONS, format=FORMAT))
         for name in NETWORKS:
             if hasattr(self.pipeline, name):
                 round_weights(getattr(self.pipeline, name))
         self.pipeline.set_progress_bar_config(disable=True)
-        self.models, self.served = place / "models", Served(place / "models")
+        self.folder, self.models = place / "folder", place / "models"
+        self.served = Served(self.models) if EVERY else TorchServed(self.models)
 
     def theirs(
         self,
@@ -195,6 +200,20 @@ def test_other_prompts_and_steps_are_those_of_diffusers(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, prompt: str, num_steps: int
 ) -> None:
     same(pair, monkeypatch, prompt, "euler", 1.0, num_steps, SIZES[1])
+
+
+@pytest.mark.skipif(EVERY, reason="the whole export has compared it")
+def test_the_denoiser_is_written_with_its_mask(pair: Pair, tmp_path: Path) -> None:
+    made = plan.make(pair.folder, OPTIONS)
+    with torch.no_grad():
+        pipeline = loading.load(made)
+        module = denoiser_of(pipeline).eval()
+        examples = [example_inputs("denoiser", pipeline, made, size) for size in made.latent_sizes]
+        file = tmp_path / "tiny_denoiser" / "1" / "model.onnx"
+        write_onnx(module, examples, module.outputs, file, made.multiple)
+        check_parity(module, examples, module.outputs, file)
+    taken = {at.name for at in onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_inputs()}
+    assert taken == {"sample", "timestep", "encoder_hidden_states", "mask", "masked_image"}
 
 
 @pytest.mark.skipif(not EVERY, reason="SAFELIGHT_ALL_PARITY=1 make test-training compares it")
