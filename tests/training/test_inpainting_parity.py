@@ -208,6 +208,7 @@ def test_the_denoiser_is_written_with_its_mask(pair: Pair, tmp_path: Path) -> No
     with torch.no_grad():
         pipeline = loading.load(made)
         module = denoiser_of(pipeline).eval()
+        round_weights(module)
         examples = [example_inputs("denoiser", pipeline, made, size) for size in made.latent_sizes]
         file = tmp_path / "tiny_denoiser" / "1" / "model.onnx"
         write_onnx(module, examples, module.outputs, file, made.multiple)
