@@ -61,6 +61,19 @@ def test_a_checkpoint_of_sdxl_in_one_file_has_the_weights_of_its_folder(tmp_path
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_a_checkpoint_that_inpaints_in_one_file_has_the_weights_of_its_folder(tmp_path: Path) -> None:
+    parts = folders.pipeline(unet=folders.unet(in_channels=9)).components
+    diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "nine")
+    expected = loading.load(plan.make(tmp_path / "nine", OPTIONS))
+    save_checkpoint(expected, tmp_path / "one.safetensors")
+    options = ExportOptions("small", licence="CC0-1.0", config=tmp_path / "nine")
+    found = loading.load(plan.make(tmp_path / "one.safetensors", options))
+    ours, theirs = weights(found), weights(expected)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert found.unet.config.in_channels == 9
+
+
 def test_a_file_that_lacks_a_network_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     pipeline = loading.load(plan.make(folder, OPTIONS))
     save_checkpoint(pipeline, tmp_path / "one.safetensors")

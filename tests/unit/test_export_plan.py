@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safelight_server.cli.export import export as export_command
 from safelight_server.export import schedulers
 from safelight_server.export.plan import ExportFormat, ExportOptions, ExportPlan, draft, make
 from safelight_server.export.source import ExportError
@@ -203,9 +204,9 @@ def test_the_folder_of_stable_diffusion_is_planned_in_full(folder: Folder) -> No
         ("unet", "addition_embed_type", "text_time", "a second condition"),
         ("unet", "encoder_hid_dim_type", "text_image_proj", "other than the prompt's"),
         ("unet", "attention_type", "gated", "boxes"),
-        ("unet", "in_channels", 9, "an inpainting UNet"),
+        ("unet", "in_channels", 5, "in_channels 5: a UNet; the server gives the denoiser the 4 channels of the latent"),
         ("unet", "in_channels", 8, "a UNet that edits pictures"),
-        ("unet", "out_channels", 8, "out_channels 8 is not in_channels 4"),
+        ("unet", "out_channels", 8, "out_channels 8 is not the latent's 4"),
         ("unet", "cross_attention_dim", 1024, "is not the text encoder's 768"),
         ("unet", "sample_size", None, "sample_size is null: say --sizes"),
         ("vae", "latents_mean", [0.1] * 4, "one factor for all channels"),
@@ -334,12 +335,12 @@ def test_options_are_judged_by_the_servers_own_rules(folder: Folder, options: di
 
 
 def test_all_faults_are_said_at_once(folder: Folder) -> None:
-    said = fault(folder("EDMEulerScheduler", {}, unet={"in_channels": 9}, vae={"latents_mean": [1.0]}), max_rows=0)
-    assert all(word in said for word in ("EDMEulerScheduler", "in_channels 9", "latents_mean", "--max-rows"))
-    place = folder(unet={"in_channels": 9})
+    said = fault(folder("EDMEulerScheduler", {}, unet={"in_channels": 8}, vae={"latents_mean": [1.0]}), max_rows=0)
+    assert all(word in said for word in ("EDMEulerScheduler", "in_channels 8", "latents_mean", "--max-rows"))
+    place = folder(unet={"in_channels": 8})
     (place / "README.md").unlink()
     said = fault(place, name="X", steps=0)
-    assert all(word in said for word in ("in_channels 9", "--licence", "--name", "--steps"))
+    assert all(word in said for word in ("in_channels 8", "--licence", "--name", "--steps"))
 
 
 def test_there_is_no_default_licence(folder: Folder) -> None:
@@ -462,7 +463,6 @@ def test_the_folder_of_sdxl_is_planned_in_full(sdxl: SdxlFolder) -> None:
     [
         ("index", "requires_aesthetics_score", True, "the server does not run SDXL's refiner"),
         ("index", "_class_name", "StableDiffusionXLImg2ImgPipeline", "(the server does not run SDXL's refiner)"),
-        ("index", "_class_name", "StableDiffusionXLInpaintPipeline", "its UNet may need a mask as an input"),
         ("index", "text_encoder", [None, None], "text_encoder is missing; what can be exported: CLIPTextModel"),
         ("index", "text_encoder_2", ["transformers", "CLIPTextModel"], "text_encoder_2 is a CLIPTextModel"),
         ("index", "text_encoder_3", ["transformers", "T5EncoderModel"], "text_encoder_3 is not known"),
@@ -471,7 +471,7 @@ def test_the_folder_of_sdxl_is_planned_in_full(sdxl: SdxlFolder) -> None:
         ("unet", "projection_class_embeddings_input_dim", 2560, "input_dim 2560 is not the 1280 of the pooled output"),
         ("unet", "cross_attention_dim", 1280, "is not that of the text encoders, 768 + 1280"),
         ("unet", "time_cond_proj_dim", 256, "guidance scale as an input"),
-        ("unet", "in_channels", 9, "an inpainting UNet"),
+        ("unet", "in_channels", 8, "a UNet that edits pictures"),
         ("text_encoder_2", "rope_theta", 3, "text_encoder_2/config.json: rope_theta is not known to this exporter"),
         ("vae", "latents_mean", [0.1] * 4, "one factor for all channels"),
     ],
@@ -480,6 +480,34 @@ def test_what_the_server_cannot_honour_of_sdxl_is_refused_by_its_key(
     sdxl: SdxlFolder, part: str, key: str, value: object, wanted: str
 ) -> None:
     assert wanted in fault(sdxl(**{part: {key: value}}))
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_unet_that_inpaints_is_planned(folder: Folder, name: str) -> None:
+    made = plan(folder(unet={"in_channels": 9}, index={"_class_name": name}))
+    assert (made.is_inpainting, made.shape[0]) == (True, 4)
+    assert made.source.pipeline_class == "StableDiffusionPipeline"
+    assert draft(made)["inputs"]["mask"] == "mask"
+    assert draft(made)["inputs"]["masked_image"] == "masked_image"
+    assert "only inpaints: each request needs a picture and a mask" in made.notes[-1]
+
+
+def test_a_unet_of_sdxl_that_inpaints_is_planned(sdxl: SdxlFolder) -> None:
+    made = plan(sdxl(unet={"in_channels": 9}, index={"_class_name": "StableDiffusionXLInpaintPipeline"}))
+    assert made.is_inpainting
+    assert made.source.pipeline_class == "StableDiffusionXLPipeline"
+    assert {"mask", "masked_image", "time_ids"} <= draft(made)["inputs"].keys()
+
+
+def test_a_unet_that_inpaints_is_not_quantized_and_says_so_before_it_is_exported(folder: Folder) -> None:
+    with pytest.raises(ExportError, match="--quantize: does not calibrate with pictures and masks"):
+        export_command(folder(unet={"in_channels": 9}), quantize="int8", name="small", dry_run=True)
+
+
+def test_a_unet_that_does_not_inpaint_is_planned_as_any_other(folder: Folder) -> None:
+    made = plan(folder(index={"_class_name": "StableDiffusionInpaintPipeline"}))
+    assert not made.is_inpainting
+    assert "inputs" not in draft(made)
 
 
 def test_an_sdxl_denoiser_without_its_second_condition_is_refused(sdxl: SdxlFolder) -> None:
@@ -806,6 +834,14 @@ def test_control_networks_are_planned(folder: Folder, tmp_path: Path) -> None:
     assert made.num_values["--control edges"] == 5
     assert made.peak_bytes > plan(folder()).peak_bytes
     assert "controls" not in draft(plan(folder()))
+
+
+def test_a_control_network_of_a_unet_that_inpaints_takes_the_latent_alone(folder: Folder, tmp_path: Path) -> None:
+    place = folder(unet={"in_channels": 9})
+    made = plan(place, controls=(("edges", control_folder(tmp_path / "four")),))
+    assert {"mask", "masked_image", "control_images"} <= draft(made)["inputs"].keys()
+    said = fault(place, controls=(("edges", control_folder(tmp_path / "nine", in_channels=9)),))
+    assert said == "--control edges: config.json: in_channels is 9, that of the latent is 4"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ from safelight_server.catalog.manifest import (
     IMAGE_PROMPT_OUTPUTS,
     IMAGE_PROMPT_SCALE_SOURCE,
     IMAGE_PROMPT_TOKENS_SOURCE,
+    INPAINTING_INPUTS,
     LATENT_SOURCE,
+    MASK_SOURCE,
+    MASKED_IMAGE_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
@@ -439,6 +442,9 @@ def check(manifest: Manifest) -> list[str]:
     if len(set(prompted)) > 1:
         both = " and ".join(IMAGE_PROMPT_INPUTS)
         faults.append(f"image_prompt: goes with a component image_encoder and inputs of {both}")
+    inpainting = set(manifest.inputs.values()) & set(INPAINTING_INPUTS.values())
+    if inpainting and (len(inpainting) < len(INPAINTING_INPUTS) or Component.ENCODER not in manifest.components):
+        faults.append("inputs: mask and masked_image go together, and with a component encoder")
     faults += _check_tokenizers(manifest)
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
@@ -504,6 +510,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
         shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), GUIDANCE_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
+        shapes |= {MASK_SOURCE: (1, *latent[1:]), MASKED_IMAGE_SOURCE: latent}
         if (room := manifest.adapters) is not None:
             shapes |= {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}
         if count := len(manifest.controls):

@@ -223,6 +223,9 @@ IMAGE_PROMPT_INPUTS = {
 """What a denoiser is given beside its other inputs where its rows can have an image prompt."""
 IMAGE_PROMPT_OUTPUTS = ("tokens", "negative_tokens")
 """What the image encoder makes of a picture: for the rows with the prompt, and for those with the negative prompt."""
+MASK_SOURCE, MASKED_IMAGE_SOURCE = "mask", "masked_image"
+INPAINTING_INPUTS = {"mask": MASK_SOURCE, "masked_image": MASKED_IMAGE_SOURCE}
+"""What a denoiser that only inpaints is given beside its other inputs."""
 GUIDANCE_SOURCE = "scalar:guidance"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
@@ -242,7 +245,7 @@ InputSource = Annotated[
     str,
     Field(
         pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|control_images"
-        r"|control_scales|image_prompt_tokens|image_prompt_scale|encoder:[A-Za-z0-9_]+)$"
+        r"|control_scales|image_prompt_tokens|image_prompt_scale|mask|masked_image|encoder:[A-Za-z0-9_]+)$"
     ),
 ]
 ControlName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -309,7 +312,9 @@ class Manifest(_Strict):
             was distilled with it), or "size_ids" (the picture's height and width, a crop of zero, and height and width
             again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
             "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`), "image_prompt_tokens" and
-            "image_prompt_scale" its image prompt (`ImagePromptRoom`).
+            "image_prompt_scale" its image prompt (`ImagePromptRoom`). A denoiser that was trained to inpaint (Rombach
+            et al. 2022, section 4.5) has "mask" (1, h, w), 1 where a picture is developed anew and 0 where it is kept,
+            and "masked_image" (C, h, w), the latent of the picture without the part that is developed anew.
         adapters: the room for adapters; None: the denoiser takes none.
         controls: the names of the K control networks (ControlNet, Zhang et al. 2023) that are part of the denoiser. A
             row is given "control_images" (K, 3, H, W) in [0, 1], a picture for each, and "control_scales" (K,), the
@@ -360,3 +365,8 @@ class Manifest(_Strict):
     def is_guidance_distilled(self) -> bool:
         """Whether the denoiser is given the guidance scale itself, so that a step needs no row without the prompt."""
         return GUIDANCE_SOURCE in self.inputs.values()
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the denoiser is given a mask and what of a picture is kept, so that each request needs both."""
+        return MASK_SOURCE in self.inputs.values()

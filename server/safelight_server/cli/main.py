@@ -199,7 +199,8 @@ def generate(
         str, typer.Option(metavar="FILE", help="Picture to start from: PNG, JPEG or WebP, or generations/ID.")
     ] = "",
     strength: Annotated[
-        float | None, typer.Option(help="How much of the init picture may change, up to 1. Default: 0.8.")
+        float | None,
+        typer.Option(help="How far the init picture may change, up to 1. Default: 0.8; 1 if the model only inpaints."),
     ] = None,
     mask: Annotated[
         str, typer.Option(metavar="FILE", help="Mask: only its white or transparent part is developed anew.")

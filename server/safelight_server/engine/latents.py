@@ -25,6 +25,8 @@ from safelight_server.catalog.manifest import (
     IMAGE_PROMPT_SCALE_SOURCE,
     IMAGE_PROMPT_TOKENS_SOURCE,
     LATENT_SOURCE,
+    MASK_SOURCE,
+    MASKED_IMAGE_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
@@ -81,6 +83,19 @@ class CleanLatent:
 
     clean: FloatArray
     mask: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMaskedImage:
+    """What an inpainting denoiser is given of a picture for the rows of an output.
+
+    Attributes:
+        mask: (1, h, w) float32: 1 where it is developed anew, 0 where it is kept.
+        latent: of the picture without the part that is developed anew, (C, h, w) float32.
+    """
+
+    mask: FloatArray
+    latent: FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,6 +212,9 @@ class Latents:
         self._rescale = np.zeros(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
         self._inpainting: dict[int, _Inpainting] = {}
+        num_masked = capacity if MASK_SOURCE in inputs.values() else 0
+        self._mask = np.zeros((num_masked, 1, *shape[1:]), np.float32)
+        self._masked_image = np.zeros((num_masked, *shape), np.float32)
 
     @property
     def num_used(self) -> int:
@@ -216,6 +234,7 @@ class Latents:
         adapters: Sequence[RowAdapter] = (),
         controls: Sequence[RowControl] = (),
         image_prompt: RowImagePrompt | None = None,
+        masked_image: RowMaskedImage | None = None,
     ) -> int:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
@@ -228,9 +247,13 @@ class Latents:
             adapters: together of at most the rank that the room has.
             controls: at most one for each network.
             image_prompt: None: its rows have none.
+            masked_image: where the denoiser has inputs for it.
         """
         slot = self._free[-1]
         steps = table.num_steps
+        assert (masked_image is not None) == bool(len(self._mask))  # else rows had that of an earlier output
+        if masked_image is not None:
+            self._mask[slot], self._masked_image[slot] = masked_image.mask, masked_image.latent
         self._coefficients[slot, :steps] = table.coefficients
         self._in_scale[slot, :steps] = table.in_scale
         self._timesteps[slot, :steps] = table.timesteps
@@ -306,6 +329,12 @@ class Latents:
         if source == GUIDANCE_SOURCE:
             given: FloatArray = self._given_guidance[slots]
             return given
+        if source == MASK_SOURCE:
+            mask: FloatArray = self._mask[slots]
+            return mask
+        if source == MASKED_IMAGE_SOURCE:
+            masked: FloatArray = self._masked_image[slots]
+            return masked
         if source == SIZE_IDS_SOURCE:
             assert self._size_ids is not None
             return np.tile(self._size_ids, (len(slots), 1))

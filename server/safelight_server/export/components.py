@@ -92,6 +92,8 @@ class DenoiserXL(nn.Module):
         adapter_scales: Tensor | None = None,
         image_prompt_tokens: Tensor | None = None,
         image_prompt_scale: Tensor | None = None,
+        mask: Tensor | None = None,
+        masked_image: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
         with (
@@ -99,13 +101,19 @@ class DenoiserXL(nn.Module):
             given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
         ):
             prediction: Tensor = self.model(
-                sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+                _with_mask(sample, mask, masked_image),
+                timestep,
+                encoder_hidden_states,
+                added_cond_kwargs=added,
+                return_dict=False,
             )[0]
         return prediction
 
 
 class Denoiser(nn.Module):
     """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w).
+
+    A UNet that inpaints is given mask (B, 1, h, w) and masked_image (B, C, h, w) too.
 
     Args:
         adapters: of `model`, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
@@ -131,13 +139,24 @@ class Denoiser(nn.Module):
         adapter_scales: Tensor | None = None,
         image_prompt_tokens: Tensor | None = None,
         image_prompt_scale: Tensor | None = None,
+        mask: Tensor | None = None,
+        masked_image: Tensor | None = None,
     ) -> Tensor:
         with (
             given(self.adapters, adapter_weights, adapter_scales),
             given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
         ):
-            prediction: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+            prediction: Tensor = self.model(
+                _with_mask(sample, mask, masked_image), timestep, encoder_hidden_states, return_dict=False
+            )[0]
         return prediction
+
+
+def _with_mask(sample: Tensor, mask: Tensor | None, masked_image: Tensor | None) -> Tensor:
+    """What the UNet takes: one that inpaints the latent, the mask, the picture's latent, (B, 2 C + 1, h, w)."""
+    if mask is None or masked_image is None:
+        return sample
+    return torch.cat([sample, mask, masked_image], dim=1)
 
 
 class FluxTextEncoders(nn.Module):

@@ -353,6 +353,9 @@ def example_inputs(
             inputs["pooled_projections"] = torch.randn(rows, pooled, generator=generator)
         if made.is_guidance_distilled:
             inputs["guidance"] = torch.tensor([3.5, 1.0])
+        if made.is_inpainting:
+            inputs["mask"] = torch.randint(0, 2, (rows, 1, *size), generator=generator).float()
+            inputs["masked_image"] = torch.randn(latent.shape, generator=generator)
         if made.image_prompt is not None:
             tokens = made.image_prompt.num_tokens, made.image_prompt.width
             inputs["image_prompt_tokens"] = torch.randn(rows, *tokens, generator=generator)

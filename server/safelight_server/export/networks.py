@@ -175,14 +175,14 @@ def _judge_unet(source: Source, findings: Findings) -> None:
     for name in source.family.text_encoders:
         _check(f"{name}/config.json", configs[name], TEXT_SHAPE, TEXT_RULES, findings)
     latents, inputs, outputs = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs != latents:
-        kind = {2 * latents + 1: "an inpainting UNet", 2 * latents: "a UNet that edits pictures"}.get(inputs, "a UNet")
+    if inputs != latents and not is_inpainting(source):
+        kind = "a UNet that edits pictures" if inputs == 2 * latents else "a UNet"
         findings.faults.append(
             f"unet/config.json: in_channels {inputs}: {kind}; the server gives the denoiser the {latents} channels of"
-            " the latent and nothing else"
+            f" the latent, and one that inpaints a mask and {latents} channels of a picture beside them"
         )
-    elif outputs != inputs:
-        findings.faults.append(f"unet/config.json: out_channels {outputs} is not in_channels {inputs}")
+    elif outputs != latents:
+        findings.faults.append(f"unet/config.json: out_channels {outputs} is not the latent's {latents}")
     hidden = [configs[name].get("hidden_size", 512) for name in source.family.text_encoders]
     width = unet.get("cross_attention_dim", 1280)
     if width != sum(hidden) and unet.get("encoder_hid_dim_type") is None:
@@ -209,9 +209,11 @@ def judge_control(source: Source, name: str, config: Config, factor: int, findin
         return
     _check(f"{option}: config.json", config, CONTROL_SHAPE, CONTROL_RULES, findings)
     for key, default in SHARED.items():
-        found, wanted = config.get(key, default), source.configs["unet"].get(key, default)
+        found, wanted, whose = config.get(key, default), source.configs["unet"].get(key, default), "UNet"
+        if key == "in_channels":  # a control network is not given the mask and the picture of a UNet that inpaints
+            wanted, whose = latent_channels(source), "latent"
         if found != wanted:
-            findings.faults.append(f"{option}: config.json: {key} is {found}, that of the UNet is {wanted}")
+            findings.faults.append(f"{option}: config.json: {key} is {found}, that of the {whose} is {wanted}")
     stages = config.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)
     if (shrinks := 2 ** (len(stages) - 1)) != factor:
         findings.faults.append(
@@ -281,9 +283,19 @@ def is_guidance_distilled(source: Source) -> bool:
     return bool(source.family.name == "flux" and source.configs["transformer"].get("guidance_embeds", False))
 
 
+def is_inpainting(source: Source) -> bool:
+    """Whether the UNet takes a mask and the latent of a picture without a part of it beside the latent."""
+    if source.family.denoiser == "transformer":
+        return False
+    latents = source.configs["vae"].get("latent_channels", 4)
+    return bool(source.configs["unet"].get("in_channels", 4) == 2 * latents + 1)
+
+
 def latent_channels(source: Source) -> int:
     """Channels of a latent."""
     channels = int(source.configs[source.family.denoiser].get("in_channels", _IN_CHANNELS[source.family.name]))
+    if is_inpainting(source):
+        return channels // 2
     return channels // 4 if source.family.name == "flux" else channels
 
 

@@ -22,6 +22,7 @@ from safelight_server.catalog.manifest import (
     CONTROL_INPUTS,
     GUIDANCE_SOURCE,
     IMAGE_PROMPT_INPUTS,
+    INPAINTING_INPUTS,
     STABLE_DIFFUSION_INPUTS,
     Manifest,
 )
@@ -161,6 +162,11 @@ class ExportPlan:
         return networks.is_guidance_distilled(self.source)
 
     @property
+    def is_inpainting(self) -> bool:
+        """Whether the denoiser takes a mask and a picture, so that the model only inpaints."""
+        return networks.is_inpainting(self.source)
+
+    @property
     def peak_bytes(self) -> int:
         """Memory that exporting takes, reckoned; 0 where the headers do not say how many weights there are.
 
@@ -230,6 +236,8 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         )
     if offer is None:
         raise ExportError("; ".join(findings.faults))
+    if networks.is_inpainting(source):
+        findings.notes.append("only inpaints: each request needs a picture and a mask, and strength is 1 by default")
     distilled = _distilled(source, checkpoint, offer)
     is_guided = networks.is_guidance_distilled(source)
     if distilled and offer.default["name"] != "lcm" and None in (options.steps, options.guidance_scale):
@@ -274,6 +282,8 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
         inputs |= IMAGE_PROMPT_INPUTS
     if networks.is_guidance_distilled(plan.source):
         inputs["guidance"] = GUIDANCE_SOURCE
+    if plan.is_inpainting:
+        inputs |= INPAINTING_INPUTS
     tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
     room = {"max_rank": options.adapter_rank, "targets": [{"name": "attention", "inputs": 1, "outputs": 1}]}
     return {

@@ -122,12 +122,15 @@ FAMILIES: Mapping[str, Family] = {
         t5_tokens=512,
     ),
 }
-"""The pipeline classes that can be exported."""
+"""The pipeline classes that can be exported, beside those of `SAME_NETWORKS`."""
+SAME_NETWORKS = {
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+}
+"""Classes whose networks are those of another one. What they do with a picture and its mask is done by the server."""
 REFINER = "the server does not run SDXL's refiner"
 WHY_NOT = {
     "StableDiffusionXLImg2ImgPipeline": REFINER,
-    "StableDiffusionInpaintPipeline": "its UNet may need a mask as an input",
-    "StableDiffusionXLInpaintPipeline": "its UNet may need a mask as an input",
     "FluxFillPipeline": "its transformer needs a mask as an input",
     "FluxControlPipeline": "its transformer needs another picture as an input",
     "FluxKontextPipeline": "its transformer needs another picture as an input",
@@ -189,6 +192,12 @@ class Source:
     configs: Mapping[str, Config]
     licence: str = ""
 
+    @property
+    def pipeline_class(self) -> str:
+        """The class of diffusers that loads it."""
+        found = str(self.index["_class_name"])
+        return SAME_NETWORKS.get(found, found)
+
 
 def read(folder: Path, findings: Findings) -> Source:
     """Reads a folder; what is wrong with its index goes to `findings`.
@@ -230,10 +239,11 @@ def read(folder: Path, findings: Findings) -> Source:
 
 def _family(folder: Path, index: Config) -> Family:
     found = str(index.get("_class_name"))
-    if found not in FAMILIES:
+    family = FAMILIES.get(SAME_NETWORKS.get(found, found))
+    if family is None:
         why = f" ({WHY_NOT[found]})" if found in WHY_NOT else ""
-        raise ExportError(f"{folder} is a {found}{why}; what can be exported: {', '.join(FAMILIES)}")
-    return FAMILIES[found]
+        raise ExportError(f"{folder} is a {found}{why}; what can be exported: {', '.join((*FAMILIES, *SAME_NETWORKS))}")
+    return family
 
 
 def scheduler_class(source: Source) -> str:

@@ -170,7 +170,7 @@ class Planner:
         tenant, spec = generation.caller.tenant, generation.request.spec
         manifest = self._catalog.get(spec.model).manifest
         return (
-            await self._images.load(tenant, spec),
+            await self._images.load(tenant, spec, needs_mask=manifest.is_inpainting),
             await self._images.load_controls(tenant, spec, manifest.controls),
             await self._images.load_image_prompt(tenant, spec, manifest.image_prompt),
         )

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from safelight_server.catalog import config_pbtxt
 from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
 from safelight_server.catalog.config_pbtxt import ConfigError
-from safelight_server.catalog.manifest import ENCODER_SOURCE, LATENT_SOURCE
+from safelight_server.catalog.manifest import ENCODER_SOURCE, INPAINTING_INPUTS, LATENT_SOURCE
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.export.exporter import load_components
@@ -307,7 +307,8 @@ def _halved(pipeline: Pipeline, component: Component) -> frozenset[str]:
     if component is not Component.DENOISER:
         return frozenset({"latent", "image"})
     sources = pipeline.manifest.inputs.items()
-    return frozenset(name for name, at in sources if at == LATENT_SOURCE or at.startswith(ENCODER_SOURCE))
+    latents = (LATENT_SOURCE, *INPAINTING_INPUTS.values())
+    return frozenset(name for name, at in sources if at in latents or at.startswith(ENCODER_SOURCE))
 
 
 def _call(instance: _Instance, network: _Network, inputs: Inputs) -> dict[str, FloatArray]:

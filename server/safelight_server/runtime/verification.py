@@ -22,6 +22,7 @@ from safelight_server.catalog.manifest import (
     CONTROL_IMAGES_SOURCE,
     CONTROL_SCALES_SOURCE,
     IMAGE_PROMPT_SCALE_SOURCE,
+    MASK_SOURCE,
 )
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import CostCurve
@@ -71,6 +72,7 @@ def at_sizes(inputs: Sequence[InputSpec], pipeline: Pipeline) -> list[list[Input
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         picture = (3, size.height_px, size.width_px)
         shapes = {"image": picture, CONTROL_IMAGES_SOURCE: (len(pipeline.manifest.controls), *picture)}
+        shapes[MASK_SOURCE] = (1, *latent[1:])
         found.append([_at_size(spec, shapes.get(spec.name, latent)) for spec in inputs])
     return found
 

@@ -26,6 +26,8 @@ MAX_CONTROL_SCALE = 10.0
 SHARE_OF_STEPS = "a share of the steps"
 MAX_IMAGE_PROMPT_SCALE = 2.0
 DEFAULT_STRENGTH = 0.8
+INPAINTING_STRENGTH = 1.0
+"""Of a model that only inpaints: the part is drawn from noise, as its training had it and diffusers does."""
 WITHOUT_GUIDANCE = "goes with guidance; leave it out, or ask for a guidance_scale above 1"
 DISTILLED = "the model has its guidance from training and draws one row a step; leave it out"
 
@@ -242,15 +244,23 @@ def _init_image(
     message: pb.GenerationSpec, pipeline: Pipeline, steps: int | None, faults: Violations
 ) -> tuple[str, float, str]:
     """The picture to start from, the strength, and the mask."""
+    is_inpainting, model = pipeline.manifest.is_inpainting, f"models/{pipeline.name}"
+    if is_inpainting:
+        what = f"{model} only develops a part of a picture anew: give the picture, and in mask which part"
+        faults.check(bool(message.init_image), "spec.init_image", what)
+        what = f"{model} only develops a part of a picture anew: say which; a white picture stands for all of it"
+        faults.check(bool(message.mask), "spec.mask", what)
+        if not message.init_image:
+            return "", 1.0, ""
     if not message.init_image:
         faults.check(not message.HasField("strength"), "spec.strength", "goes with init_image; leave it out")
         faults.check(not message.mask, "spec.mask", "goes with init_image; leave it out")
         return "", 1.0, ""
-    what = f"models/{pipeline.name} cannot start from a picture: it has no encoder; ListModels shows which models can"
+    what = f"{model} cannot start from a picture: it has no encoder; ListModels shows which models can"
     faults.check(pipeline.has_encoder, "spec.init_image", what)
     init_image = source_image(message.init_image, "spec.init_image", faults)
     mask = source_image(message.mask, "spec.mask", faults) if message.mask else ""
-    strength = DEFAULT_STRENGTH
+    strength = INPAINTING_STRENGTH if is_inpainting else DEFAULT_STRENGTH
     if message.HasField("strength"):
         strength = _shortest(message.strength)
     if faults.check(0 < strength <= 1, "spec.strength", "must be above 0 and at most 1") and steps is not None:
