@@ -303,8 +303,8 @@ class Mirrors:
     def _gone_s(mirror: Mirror, *, recorded: bool) -> float:
         """For how long the record of a generation has been gone from Redis, as far as this replica has looked.
 
-        Either its owner accepted it as LOCAL and has settled it since: then no other replica needs it. Or Redis has
-        lost its memory: then the owner writes the record again when it renews its lease, which must be free for that.
+        Either its request was refused after its record had been written: then no replica needs it. Or Redis has lost
+        its memory: then the owner writes the record again when it renews its lease, which must be free for that.
         """
         if recorded:
             return 0.0
