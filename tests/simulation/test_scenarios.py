@@ -430,3 +430,27 @@ def test_a_drained_replica_hands_over_nothing_that_others_may_not_find() -> None
         assert call.error.metadata["seeds"] == "1"
 
     played(play)
+
+
+def test_what_has_no_record_yet_is_left_to_its_owner_that_is_away() -> None:
+    """It is registered, and its owner is cut off for longer than its lease: nobody else could do anything with it."""
+
+    async def play(fleet: Fleet) -> None:
+        one, _ = fleet_of(fleet)
+
+        async def cut_off(_lease: Lease, _data: bytes) -> str:
+            coordinator.publish = publish  # type: ignore[method-assign]
+            fleet.network.cut.add(one.host.name)
+            raise StoreUnavailableError("no answer in time")
+
+        coordinator = coordinator_of(one)
+        publish = coordinator.publish
+        coordinator.publish = cut_off  # type: ignore[method-assign]
+        call = generate(one, request(20))
+        await until(lambda: call.events)
+        await asyncio.sleep(2.5 * TTL_S)
+        fleet.network.cut.clear()
+        await until(lambda: call.over)
+        assert call.kinds() == ["accepted", "output_finished", "finished"] and call.error is None
+
+    played(play)

@@ -93,7 +93,7 @@ class Journal:
         data = dump(self._sealer, self._leader.lease.name, written)
         self._take(functools.partial(self._leader.publish, data), show)
 
-    def write_again(self, write: Write, began_s: float) -> None:
+    def rewrite(self, write: Write, began_s: float) -> None:
         """Queues the write of the record, which began at `began_s` on the monotonic clock and was not answered."""
         self._take(write, _nothing)
         self._show(self._lines.failed(began_s, time.monotonic(), held=self.held))

@@ -231,7 +231,7 @@ class Owners:
             action = own.decide(OwnerInput.RECORDED if written else OwnerInput.UNANSWERED)
             generation.journal = generation.log.journal = self.journal(generation, own, [write] if written else [])
             if action is OwnerAction.REWRITE_RECORD:
-                generation.journal.write_again(write, began)
+                generation.journal.rewrite(write, began)
 
     @staticmethod
     def _recording(generation: Generation, own: OwnedGeneration, data: bytes) -> Write:

@@ -20,6 +20,8 @@ from enum import Enum
 
 PATIENCE_S = 5.0
 """How long a request waits for another replica that is about to accept the same request."""
+ABSENT_LEASES = 3
+"""For so many leases an owner that has not written its record yet may be away; nobody takes its lease meanwhile."""
 OTHERS_FIRST_LEASES = 3
 """For so many leases a generation without an owner is left to replicas with the numerics that it was accepted with."""
 
@@ -201,8 +203,10 @@ def decide_listed(seen: ListedSeen, lease_s: float) -> ListedAction:
     """Says what is done about a registered generation that nobody owns."""
     if seen.owned_here:
         return ListedAction.PASS_OVER
-    if not seen.stored or seen.ended:
+    if seen.ended:
         return ListedAction.UNREGISTER
+    if not seen.stored:
+        return ListedAction.UNREGISTER if seen.unowned_s >= ABSENT_LEASES * lease_s else ListedAction.PASS_OVER
     if not seen.readable:
         return ListedAction.PASS_OVER
     others_first = not seen.same_numerics and seen.unowned_s < OTHERS_FIRST_LEASES * lease_s
