@@ -80,7 +80,7 @@ class Generation:
 
     Attributes:
         owned: whether this replica decides the outcome; otherwise another replica does, and this one shows it.
-        durability: what Accepted promises: LOCAL or REPLICATED.
+        durability: REPLICATED once its record is written, else LOCAL; Accepted promises what it is then.
         journal: stores its events for other replicas; None: they are not stored.
     """
 
