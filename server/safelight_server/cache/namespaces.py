@@ -108,8 +108,9 @@ class Namespaces:
     def output(self, tenant: str, pipeline: Pipeline, numerics_id: str, spec: Spec, seed: int) -> CacheKeys:
         """Returns the names of an output."""
         namespace = self.of(tenant)
-        exact = fingerprint.exact(pipeline.digest, numerics_id, spec, seed)
-        comparable = fingerprint.compatible(pipeline.digest, numerics_id, spec)
+        common = fingerprint.comparable(pipeline.digest, numerics_id, spec)
+        exact = fingerprint.exact(common, spec.token_ids, seed)
+        comparable = fingerprint.compatible(common)
         return CacheKeys(
             namespace,
             fingerprint.index_key(namespace.key, IndexKind.EXACT, exact),
