@@ -27,8 +27,9 @@ from safelight import (
 from safelight_server import __version__
 from safelight_server import settings as settings_module
 from safelight_server.api.identity import new_key
+from safelight_server.app.errors import StartError
 from safelight_server.app.process import serve
-from safelight_server.app.server import Running, StartError
+from safelight_server.app.server import Running
 from safelight_server.catalog import export as repositories
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
