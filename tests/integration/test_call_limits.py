@@ -13,8 +13,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import models_pb2, models_pb2_grpc
 from safelight_server.api import call_limits
-from safelight_server.app import grpc_server
-from safelight_server.app import server as composition
+from safelight_server.app import grpc_server, listening
 from safelight_server.generations.registry import Generations
 
 from tests.conftest import eventually
@@ -216,7 +215,7 @@ async def test_whoever_asks_for_the_next_picture_while_the_server_stops_is_told_
     """gRPC itself would end a call after the stop as CANCELLED, without a reason."""
     monkeypatch.setattr(call_limits, "QUIET_S", 600.0)
     monkeypatch.setattr(call_limits, "QUIET_PARTS", 60_000)
-    monkeypatch.setattr(composition, "LAST_WORDS_S", 60.0)
+    monkeypatch.setattr(listening, "LAST_WORDS_S", 60.0)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         call = stub.Generate(request())
@@ -232,7 +231,7 @@ async def test_whoever_asks_for_the_next_picture_while_the_server_stops_is_told_
 
 async def test_a_server_that_nobody_asks_stops_without_a_wait(start, monkeypatch):
     monkeypatch.setattr(call_limits, "QUIET_S", 600.0)
-    monkeypatch.setattr(composition, "LAST_WORDS_S", 60.0)
+    monkeypatch.setattr(listening, "LAST_WORDS_S", 60.0)
     async with start(**SIMULATED) as running, asyncio.timeout(30):
         await running.drain(3600.0)
 

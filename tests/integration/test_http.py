@@ -13,7 +13,7 @@ import pytest
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
-from safelight_server.app.server import StartError
+from safelight_server.app.errors import StartError
 from safelight_server.http import calls as http_calls
 from safelight_server.http import server as http_listener
 from safelight_server.http.images import ImageAnswer

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from safelight_server import __version__
-from safelight_server.app.server import StartError, build_runtime, serving
+from safelight_server.app.errors import StartError
+from safelight_server.app.server import build_runtime, serving
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.settings import REMOVED, Settings, SettingsError, is_loopback, load, misspelt

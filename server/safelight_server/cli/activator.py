@@ -26,9 +26,10 @@ from safelight_server.api.identity import Identity
 from safelight_server.api.images import UploadRoom
 from safelight_server.app.address import BindError, bind
 from safelight_server.app.certificate import CertificateError, ServerCertificate
-from safelight_server.app.grpc_server import make_server, probe_server
+from safelight_server.app.errors import StartError
+from safelight_server.app.grpc_server import MAX_KEYLESS_STREAMS, make_server, probe_server
 from safelight_server.app.http_server import max_body_bytes
-from safelight_server.app.server import MAX_KEYLESS_STREAMS, StartError, serving_metrics
+from safelight_server.app.listening import serving_metrics
 from safelight_server.files import ConfigFileError
 from safelight_server.http.calls import Calls
 from safelight_server.http.edits import NUM_FILES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import unicodedata
 
@@ -18,7 +19,8 @@ from safelight_server.validation.violations import Violations, listed, shown
 from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_number
 
 MAX_PROMPTS = 4
-LINE_BREAKS = "\t\n\r"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and surrogates (Cc and Cs of Unicode), without tabs and line breaks."""
 MAX_ADAPTERS = 4
 """Adapters of one request."""
 MAX_ADAPTER_SCALE = 10.0
@@ -134,9 +136,8 @@ def _add_prompt(texts: dict[Role, str], entry: pb.Prompt, field: str, max_chars:
 def _check_text(text: str, field: str, max_chars: int, faults: Violations, *, blank: bool = False) -> None:
     if not faults.check(len(text) <= max_chars, field, f"has {len(text)} characters; at most {max_chars} are taken"):
         return
-    odd = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in LINE_BREAKS), None)
-    if odd is not None:
-        faults.add(field, f"has the control character U+{ord(odd):04X}; take it out")
+    if (odd := CONTROL.search(text)) is not None:
+        faults.add(field, f"has the control character U+{ord(odd[0]):04X}; take it out")
     elif not blank:
         faults.check(not _is_blank(text), field, "must not be blank")
 
@@ -185,7 +186,7 @@ def _interval(message: pb.GuidanceInterval | pb.Control, field: str, faults: Vio
 
 def _shortest(value: float) -> float:
     """The shortest decimal of a float32: 0.7 instead of 0.699999988, which would be 6 of 10 steps."""
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value))) if value else value
 
 
 def _size(message: pb.GenerationSpec, pipeline: Pipeline, faults: Violations) -> tuple[int, int]:
