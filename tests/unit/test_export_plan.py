@@ -683,6 +683,7 @@ def test_the_memory_of_an_export_is_reckoned(flux: FluxFolder) -> None:
     """All weights in float32, plus six bytes for each weight of the compared network: transformer or text encoder."""
     place = flux()
     assert plan(place).peak_bytes == max(4 * 12 + 6 * 6, 4 * 6 + 6 * 3), "four networks of three weights"
+    assert plan(place, format=ExportFormat.TORCH).peak_bytes == 4 * 12, "none is compared with its file"
     safetensors(place / "transformer" / "diffusion_pytorch_model.safetensors", num_values=100)
     assert plan(place).peak_bytes == 4 * 103 + 6 * 100
     (place / "vae" / "diffusion_pytorch_model.safetensors").unlink()

@@ -164,12 +164,14 @@ class ExportPlan:
         """Memory that exporting takes, reckoned; 0 where the headers do not say how many weights there are.
 
         All networks are in float32; beside them the one that is compared is loaded as the server does it. The text
-        encoders come first, and their weights are given up then.
+        encoders come first, and their weights are given up then. Of torch's files nothing is compared.
         """
         family, numbers = self.source.family, self.num_values
         if not numbers or not all(numbers.values()):
             return 0
         total, of_text = sum(numbers.values()), sum(numbers[name] for name in family.text_encoders)
+        if self.options.format is ExportFormat.TORCH:
+            return 4 * total
         of_denoiser = total - of_text - numbers["vae"]  # with its control networks
         return max(4 * total + LOADED_BYTES * of_text, 4 * (total - of_text) + LOADED_BYTES * of_denoiser)
 
