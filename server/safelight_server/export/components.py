@@ -282,8 +282,7 @@ class ZImageTextEncoder(nn.Module):
         result = self.model(
             input_ids=input_ids, attention_mask=is_text, output_hidden_states=[-2], use_cache=False
         ).hidden_states[-2]
-        mask = is_text.to(result.dtype)
-        return result * mask[..., None], mask
+        return result.masked_fill(~is_text[..., None], 0.0), is_text.to(result.dtype)
 
 
 class ZImageDenoiser(nn.Module):

@@ -1,8 +1,9 @@
 """Exports a diffusers folder, or a checkpoint in one file, as a Triton model repository and a pipeline manifest.
 
-For the pipelines that `source.FAMILIES` lists; a folder `preview_decoder/` (AutoencoderTiny)
-and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
-`linear_preview.npz` and `prompts.json` beside them are used where they are there.
+For the pipelines that `source.FAMILIES` lists. A folder `preview_decoder/`
+(AutoencoderTiny) and the files `encoder.npz` (a linear encoder instead of the
+autoencoder's own), `linear_preview.npz` and `prompts.json` beside the networks are
+used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. For the
 `torch` runtime the networks are written as safetensors (`ExportFormat`). The
 same folder gives the same bytes. Nothing in the folder of models changes before
