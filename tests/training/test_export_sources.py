@@ -15,7 +15,7 @@ from safelight_server.export.plan import ExportOptions
 from safelight_server.export.source import ExportError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPVisionConfig, T5Config
+from transformers import CLIPTextConfig, CLIPVisionConfig, Qwen3Config, T5Config
 
 from tests.training import folders
 from tests.training.checkpoints import save_checkpoint
@@ -138,6 +138,7 @@ def test_the_keys_and_defaults_of_a_scheduler_are_those_of_diffusers(name: str) 
         (diffusers.AutoencoderTiny, networks.TINY_SHAPE | set(networks.VAE_RULES)),
         (diffusers.FluxTransformer2DModel, networks.FLUX_SHAPE | set(networks.FLUX_RULES)),
         (diffusers.SD3Transformer2DModel, networks.SD3_SHAPE),
+        (diffusers.ZImageTransformer2DModel, networks.Z_IMAGE_SHAPE | set(networks.Z_IMAGE_RULES)),
         (diffusers.FlowMatchEulerDiscreteScheduler, schedulers.FLOW_KEYS | set(schedulers.FLOW_RULES)),
     ],
     ids=lambda at: getattr(at, "__name__", ""),
@@ -150,6 +151,7 @@ def test_what_transformers_writes_of_a_text_encoder_is_known() -> None:
     keys = {key for key in CLIPTextConfig().to_dict() if not key.startswith("_")}
     assert keys <= networks.TEXT_SHAPE | set(networks.TEXT_RULES)
     assert {key for key in T5Config().to_dict() if not key.startswith("_")} <= networks.T5_SHAPE
+    assert {key for key in Qwen3Config().to_dict() if not key.startswith("_")} <= networks.QWEN3_SHAPE
 
 
 def test_what_transformers_writes_of_an_image_encoder_is_known() -> None:

@@ -711,6 +711,7 @@ def test_the_memory_of_an_export_is_reckoned(flux: FluxFolder) -> None:
     """All weights in float32, plus six bytes for each weight of the compared network: transformer or text encoder."""
     place = flux()
     assert plan(place).peak_bytes == max(4 * 12 + 6 * 6, 4 * 6 + 6 * 3), "four networks of three weights"
+    assert plan(place, format=ExportFormat.TORCH).peak_bytes == 4 * 12, "none is compared with its file"
     safetensors(place / "transformer" / "diffusion_pytorch_model.safetensors", num_values=100)
     assert plan(place).peak_bytes == 4 * 103 + 6 * 100
     (place / "vae" / "diffusion_pytorch_model.safetensors").unlink()
@@ -801,6 +802,122 @@ def test_the_options_of_transformers_are_judged(flux: FluxFolder, sd3: Sd3Folder
     file = tmp_path / "flux1-dev.safetensors"
     safetensors(file)
     assert "a folder can be exported, no checkpoint in one file" in fault(file, config=flux())
+
+
+class ZImageFolder(Folder):
+    """A folder of Z-Image, without real weights."""
+
+    configs: Mapping[str, dict[str, Any]] = {
+        "transformer": {
+            "_class_name": "ZImageTransformer2DModel",
+            "all_f_patch_size": [1],
+            "all_patch_size": [2],
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "cap_feat_dim": 2560,
+            "dim": 3840,
+            "in_channels": 16,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "norm_eps": 1e-05,
+            "qk_norm": True,
+            "rope_theta": 256.0,
+            "t_scale": 1000.0,
+        },
+        "vae": WIDE_KL | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": {
+            "architectures": ["Qwen3ForCausalLM"],
+            "head_dim": 128,
+            "hidden_size": 2560,
+            "max_position_embeddings": 40960,
+            "model_type": "qwen3",
+            "num_hidden_layers": 36,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "vocab_size": 151936,
+        },
+    }
+    index: Mapping[str, Any] = {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    }
+    scheduler: Mapping[str, Any] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift": 6.0}
+
+
+@pytest.fixture
+def z_image(tmp_path: Path) -> ZImageFolder:
+    return ZImageFolder(tmp_path / "z-image")
+
+
+def test_the_folder_of_z_image_is_planned_in_full(z_image: ZImageFolder) -> None:
+    made = plan(z_image(), format=ExportFormat.TORCH)
+    assert (made.shape, made.options.sizes) == ((16, 128, 128), ((1024, 1024),))
+    assert (made.options.steps, made.options.guidance_scale) == (50, 6.0)
+    assert (made.multiple, made.largest_edge) == (2, 1024)
+    [note] = made.notes
+    assert note == "guidance_scale is one more than what ZImagePipeline is given: its 0, no guidance, is 1 here"
+    written = draft(made)
+    assert written["inputs"] == {
+        "sample": "latent",
+        "timestep": "timestep",
+        "encoder_hidden_states": "encoder:last_hidden_state",
+        "encoder_attention_mask": "encoder:attention_mask",
+    }
+    assert (written["family"], written["prediction_type"]) == ("z-image", "flow")
+    assert written["samplers"][0]["spacings"] == ["trailing"]
+    assert written["noise_schedule"] == {"num_train_timesteps": 1000, "shift": 6.0}
+    turbo = plan(z_image(index={"_name_or_path": "Tongyi-MAI/Z-Image-Turbo"}), format=ExportFormat.TORCH)
+    assert (turbo.options.steps, turbo.options.guidance_scale) == (8, 1.0)
+
+
+@pytest.mark.parametrize("format", [ExportFormat.ONNX, ExportFormat.BOTH])
+def test_z_image_is_written_for_torch_alone(z_image: ZImageFolder, format: ExportFormat) -> None:
+    assert f"--format {format}: this denoiser computes with complex numbers" in fault(z_image(), format=format)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("transformer", "all_patch_size", [1, 2], "all_patch_size [1, 2] cannot be exported"),
+        ("transformer", "all_f_patch_size", [2], "a latent is one picture"),
+        ("transformer", "siglip_feat_dim", 1152, "other pictures as an input"),
+        ("transformer", "in_channels", 32, "in_channels 32 is not 16, that of the latent"),
+        ("transformer", "cap_feat_dim", 4096, "cap_feat_dim 4096 is not that of text_encoder, 2560"),
+        ("transformer", "dim", 3800, "dim 3800 is not n_heads 30 times the sum of axes_dims [32, 48, 48]"),
+        ("transformer", "axes_dims", [64, 64], "do not have three axes"),
+        ("transformer", "axes_lens", [512, 512, 512], "prompts of 512 tokens need 514 places"),
+        ("transformer", "num_experts", 8, "transformer/config.json: num_experts is not known"),
+        ("text_encoder", "num_experts", 8, "text_encoder/config.json: num_experts is not known"),
+        ("text_encoder", "max_position_embeddings", 256, "max_position_embeddings 256 is less than 512"),
+        ("vae", "shift_factor", None, "shift_factor is missing"),
+        ("index", "text_encoder", ["transformers", "Qwen2Model"], "text_encoder is a Qwen2Model"),
+        ("index", "_class_name", "ZImageOmniPipeline", "its transformer needs other pictures as an input"),
+        ("scheduler", "num_train_timesteps", 500, "num_train_timesteps 500 cannot be served"),
+        ("scheduler", "use_karras_sigmas", True, "use_karras_sigmas True cannot be served"),
+    ],
+)
+def test_what_the_server_cannot_honour_of_z_image_is_refused_by_its_key(
+    z_image: ZImageFolder, part: str, key: str, value: object, wanted: str
+) -> None:
+    changed = {"scheduler": ZImageFolder.scheduler | {key: value}} if part == "scheduler" else {part: {key: value}}
+    assert wanted in fault(z_image(**changed), format=ExportFormat.TORCH)
+
+
+def test_the_options_of_z_image_are_judged(z_image: ZImageFolder) -> None:
+    torch = {"format": ExportFormat.TORCH}
+    assert "--sizes 1000x1024: must be multiples of 16" in fault(z_image(), sizes=((1000, 1024),), **torch)
+    assert "8208x1024: the denoiser has positions for edges of at most 8192" in fault(
+        z_image(), sizes=((8208, 1024),), **torch
+    )
+    assert "what diffusers calls 0, a model without guidance, is 1 here" in fault(
+        z_image(), guidance_scale=0.0, **torch
+    )
 
 
 @pytest.mark.parametrize("format", [ExportFormat.TORCH, ExportFormat.BOTH])

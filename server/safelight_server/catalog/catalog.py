@@ -342,7 +342,8 @@ def _read_tokenizer(manifest: Manifest, folder: Path) -> PromptTokenizer:
 def _open_tokenizer(at: TokenizerFile, folder: Path) -> Tokenizer:
     file = folder / at.file
     try:
-        return Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
+        around = None if at.template is None else (at.template.before, at.template.after)
+        return Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id, around)
     except Exception as error:  # noqa: BLE001  # what tokenizers raises is an Exception and nothing more
         raise ManifestError(f"{file}: {error}") from None
 
@@ -378,6 +379,9 @@ def _digest(manifest: Manifest) -> str:
     for key in ("second_tokenizer", "third_tokenizer"):  # else it is not the digest of before there were any
         if decides[key] is None:
             del decides[key]
+    for key in decides.keys() & {"tokenizer", "second_tokenizer", "third_tokenizer"}:  # likewise
+        if decides[key]["template"] is None:
+            del decides[key]["template"]
     if manifest.torch is not None:  # likewise
         decides["torch"] = dict(manifest.torch.files)
     if manifest.prediction_type != "flow":  # likewise

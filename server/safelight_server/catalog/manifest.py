@@ -42,11 +42,27 @@ class TorchFiles(_Strict):
     files: Annotated[Mapping[str, str], Field(min_length=1)]
 
 
+class PromptTemplate(_Strict):
+    """What a text encoder that was trained as a chat model reads around a prompt.
+
+    Attributes:
+        before: the text before the prompt.
+        after: the text after it. It may hold the names of special tokens, as `before` may.
+        num_tokens_before: tokens of `before`.
+    """
+
+    before: str
+    after: str
+    num_tokens_before: Annotated[int, Field(ge=0)]
+
+
 class TokenizerFile(_Strict):
     """A `tokenizers` file beside the manifest, and the special tokens around a prompt.
 
     Attributes:
         bos_id: null where prompts have no begin token, as for T5.
+        eos_id: the token behind a prompt.
+        template: text around a prompt, in place of a begin and an end token; null: there is none.
     """
 
     file: str
@@ -55,6 +71,12 @@ class TokenizerFile(_Strict):
     pad_id: int
     bos_id: int | None
     eos_id: int
+    template: PromptTemplate | None = None
+
+    @property
+    def num_begin_tokens(self) -> int:
+        """Tokens that stand before those of a prompt."""
+        return int(self.bos_id is not None) if self.template is None else self.template.num_tokens_before
 
 
 class Latent(_Strict):
@@ -207,6 +229,8 @@ class Quantization(_Strict):
 HIDDEN_STATE = "last_hidden_state"
 """The output of the text encoder that every pipeline has: the embedding (T, D), by which prompts are compared."""
 POOLED_OUTPUT = "pooled_output"
+ATTENTION_MASK = "attention_mask"
+"""(T,), 1 for the rows of the hidden state that stand for tokens of the prompt, 0 for those behind them, of padding."""
 ENCODER_SOURCE = "encoder:"
 LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_ids"
 ADAPTER_WEIGHTS_SOURCE, ADAPTER_SCALES_SOURCE = "adapter_weights", "adapter_scales"
@@ -239,6 +263,9 @@ STABLE_DIFFUSION_XL_INPUTS = {
 }
 TRANSFORMER_INPUTS = {**STABLE_DIFFUSION_INPUTS, "pooled_projections": ENCODER_SOURCE + POOLED_OUTPUT}
 """Of Stable Diffusion 3 and of FLUX; FLUX.1-dev has "guidance" as well, from `GUIDANCE_SOURCE`."""
+ENCODER_MASK_INPUT = "encoder_attention_mask"
+Z_IMAGE_INPUTS = {**STABLE_DIFFUSION_INPUTS, ENCODER_MASK_INPUT: ENCODER_SOURCE + ATTENTION_MASK}
+"""Of a denoiser that reads prompts of different lengths, each without its padding."""
 CONTEXT_TOKENIZERS = {"stable-diffusion-3": (0, 2), "flux": (1,)}
 """By family the places of the tokenizers for whose tokens the hidden state has a row each; of others the first."""
 InputSource = Annotated[
@@ -327,7 +354,7 @@ class Manifest(_Strict):
     revision: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
     description: str
     license: str
-    family: Literal["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux"]
+    family: Literal["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "z-image"]
     components: Mapping[Component, ComponentFile]
     tokenizer: TokenizerFile
     second_tokenizer: TokenizerFile | None = None

@@ -22,6 +22,7 @@ WITHOUT: Mapping[str, Mapping[str, object]] = {
     "StableDiffusionXLPipeline": {"add_watermarker": False},
     "StableDiffusion3Pipeline": {"image_encoder": None, "feature_extractor": None},
     "FluxPipeline": {"image_encoder": None, "feature_extractor": None},
+    "ZImagePipeline": {},
 }
 """By pipeline class, the arguments that leave out the parts which are not exported."""
 

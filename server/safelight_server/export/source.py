@@ -13,6 +13,7 @@ from safelight_server.catalog.manifest import (
     STABLE_DIFFUSION_INPUTS,
     STABLE_DIFFUSION_XL_INPUTS,
     TRANSFORMER_INPUTS,
+    Z_IMAGE_INPUTS,
 )
 
 Config = Mapping[str, Any]
@@ -32,7 +33,9 @@ class Family:
         denoiser: the name of its denoiser.
         steps: default number of steps of requests, of models that are not distilled.
         spacing: of the steps, where the family decides it and not the scheduler's file.
-        t5_tokens: longest context of its T5 encoder; 0: it has none.
+        distilled_steps: likewise, of distilled models.
+        max_tokens: longest context of its last text encoder, where that is not CLIP; 0: it is CLIP.
+        is_torch_alone: whether its denoiser cannot be written as ONNX.
     """
 
     name: str
@@ -43,7 +46,9 @@ class Family:
     denoiser: str = "unet"
     steps: int = 20
     spacing: str = ""
-    t5_tokens: int = 0
+    distilled_steps: int = 4
+    max_tokens: int = 0
+    is_torch_alone: bool = False
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -102,7 +107,7 @@ FAMILIES: Mapping[str, Family] = {
         denoiser="transformer",
         steps=28,
         spacing="linspace",
-        t5_tokens=256,
+        max_tokens=256,
     ),
     "FluxPipeline": Family(
         name="flux",
@@ -119,7 +124,24 @@ FAMILIES: Mapping[str, Family] = {
         denoiser="transformer",
         steps=28,
         spacing="trailing",
-        t5_tokens=512,
+        max_tokens=512,
+    ),
+    "ZImagePipeline": Family(
+        name="z-image",
+        components={
+            "transformer": ("ZImageTransformer2DModel",),
+            "vae": ("AutoencoderKL",),
+            "text_encoder": ("Qwen3Model",),
+            "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+        },
+        inputs=Z_IMAGE_INPUTS,
+        guidance_scale=6.0,
+        denoiser="transformer",
+        steps=50,
+        spacing="trailing",
+        distilled_steps=8,
+        max_tokens=512,
+        is_torch_alone=True,
     ),
 }
 """The pipeline classes that can be exported, beside those of `SAME_NETWORKS`."""
@@ -134,6 +156,8 @@ WHY_NOT = {
     "FluxFillPipeline": "its transformer needs a mask as an input",
     "FluxControlPipeline": "its transformer needs another picture as an input",
     "FluxKontextPipeline": "its transformer needs another picture as an input",
+    "ZImageOmniPipeline": "its transformer needs other pictures as an input",
+    "ZImageControlNetPipeline": "its transformer needs what a control network makes as an input",
 }
 """Why some classes are not exported although they look similar."""
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
