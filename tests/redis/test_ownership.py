@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from redis.asyncio import Redis
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
@@ -24,7 +25,7 @@ from tests.support.pause import steps_paused
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import bills, collect, key_file, picture, sequences, until_step
 
-LEASE_S = 1.0
+LEASE_S = 1.5
 STEPS = 30
 
 
@@ -46,7 +47,7 @@ def server_settings(redis_url: str, folder: Path) -> dict[str, object]:
         "simulated_base_ms": 20,
         "num_instances": 1,
         "redis_url": redis_url,
-        "redis_timeout_ms": 1000,
+        "redis_timeout_ms": 5000,
         "lease_ttl_s": LEASE_S,
         "breaker_open_s": 0.1,
         "cache_key_file": key_file(folder),
@@ -191,7 +192,7 @@ async def test_a_lost_one_is_cancelled_after_its_grace_whoever_has_it(
 async def test_redis_fails_in_mid_work_and_generations_go_on(
     redis_server: RedisServer, tmp_path: Path, fault: str
 ) -> None:
-    async with servers(redis_server.url, tmp_path, redis_timeout_ms=200) as both:
+    async with servers(redis_server.url, tmp_path, redis_timeout_ms=500) as both:
         expected = [await undisturbed(both[0], 10 + n) for n in range(6)]
         calls = [both[n % 2].stub.Generate(request(10 + n, STEPS)) for n in range(6)]
         calls += [both[1 - n % 2].stub.Generate(request(10 + n, STEPS)) for n in range(3)]
@@ -206,7 +207,8 @@ async def test_redis_fails_in_mid_work_and_generations_go_on(
                     await asyncio.to_thread(redis_server.kill)
                     await asyncio.to_thread(redis_server.start)
                 case "full":
-                    await both[0].coordinator._redis.config_set("maxmemory", 1)
+                    async with Redis.from_url(redis_server.url) as admin:
+                        await admin.config_set("maxmemory", 1)
             streams = await asyncio.gather(*(collect(call) for call in calls))
             fresh = await collect(both[0].stub.Generate(request(20, STEPS)))
         if fault == "hung":
@@ -221,7 +223,7 @@ async def test_redis_fails_in_mid_work_and_generations_go_on(
 
 
 async def test_after_an_outage_what_was_developed_is_committed_once(redis_server: RedisServer, tmp_path: Path) -> None:
-    async with servers(redis_server.url, tmp_path, redis_timeout_ms=200) as (one, _other):
+    async with servers(redis_server.url, tmp_path, redis_timeout_ms=500) as (one, _other):
         call = one.stub.Generate(request(30, STEPS, disconnect=DETACH))
         first = await until_step(call, 4)
         redis_server.freeze()

@@ -195,10 +195,10 @@ async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
 
         monkeypatch.setattr(planner, "enter", fails)
         watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
-        watching = other.stub.WatchGeneration(watch)
-        await asyncio.gather(watching.wait_for_connection(), eventually(lambda: bool(failed)))
+        watching = asyncio.create_task(collect(other.stub.WatchGeneration(watch)))
+        await eventually(lambda: bool(failed))
         await eventually(lambda: not other.running.generations.ownership.owners.owns(failed[0]))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(watching)
+            await watching
         assert reason_of(caught.value) == "MOVED"
         assert sequences(await collect(one.stub.WatchGeneration(watch))) == [2, 3]

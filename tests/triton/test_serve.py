@@ -146,10 +146,10 @@ def frozen_stub(triton: TritonServer, model: str) -> int:
 
 
 def test_a_start_that_hangs_is_ended_and_begun_again() -> None:
-    with triton_server("--start-timeout", "5", wait=False) as triton:
+    with triton_server("--start-timeout", "10", wait=False) as triton:
         first = frozen_stub(triton, "icons_denoiser")
         triton.wait_ready()
-        assert "not ready after 5 s" in triton.log()
+        assert "not ready after 10 s" in triton.log()
         assert gone([first])
 
 
