@@ -46,15 +46,15 @@ def models_that_inpaint(folder: Path) -> Path:
     file = models / "repository" / f"{NAME}_denoiser" / "config.pbtxt"
     more = f'input {{ name: "mask" data_type: TYPE_FP32 dims: {list(mask)} }}\n'
     more += f'input {{ name: "masked_image" data_type: TYPE_FP32 dims: {list(LATENT)} }}\n'
-    file.write_text(file.read_text() + more)
+    file.write_text(file.read_text().replace('"icons_denoiser"', f'"{NAME}_denoiser"') + more)
     manifest = json.loads(path.read_text())
     for role in ("text_encoder", "decoder", "encoder"):  # in small batches, whose check takes no time at the start
         component = manifest["components"][role]
         shipped, place = models / "repository" / component["model"], models / "repository" / f"{NAME}_{role}"
         place.mkdir()
         (place / str(component["version"])).symlink_to(shipped / str(component["version"]))
-        text = (shipped / "config.pbtxt").read_text()
-        (place / "config.pbtxt").write_text(re.sub(r"max_batch_size: \d+", "max_batch_size: 2", text))
+        text = (shipped / "config.pbtxt").read_text().replace(f'"{shipped.name}"', f'"{place.name}"')
+        (place / "config.pbtxt").write_text(re.sub(r"max_batch_size: \d+", "max_batch_size: 4", text))
         component["model"] = place.name
     del manifest["components"]["preview_decoder"]  # not needed, and it takes time to start
     path.write_text(json.dumps(manifest))

@@ -122,8 +122,8 @@ class Pair:
         self.pipeline.scheduler = SAMPLERS[sampler].from_config(self.scheduler, timestep_spacing="leading")
         picture = self.pipeline(
             prompt,
-            picture_of(size),
-            mask_of(size),
+            image=picture_of(size),
+            mask_image=mask_of(size),
             negative_prompt=negative or None,
             strength=strength,
             num_inference_steps=num_steps,

@@ -71,7 +71,7 @@ def model_message(
     )
 
 
-def _tasks(pipeline: Pipeline) -> list[models_pb2.Task]:
+def _tasks(pipeline: Pipeline) -> list[models_pb2.Task.ValueType]:
     if pipeline.manifest.is_inpainting:
         return [models_pb2.TASK_INPAINTING]
     of_pictures = [models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING] if pipeline.has_encoder else []
