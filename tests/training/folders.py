@@ -400,7 +400,7 @@ def z_image_pipeline(**scheduler: Any) -> ZImagePipeline:
         n_kv_heads=2,
         cap_feat_dim=24,
         axes_dims=[4, 6, 6],
-        axes_lens=[1536, 64, 64],
+        axes_lens=[1536, 512, 512],
     ).eval()
     for name in ("x_pad_token", "cap_pad_token"):  # zeros in a new network, so that they would tell nothing
         getattr(denoiser, name).data = torch.randn(1, 32)
