@@ -364,7 +364,7 @@ def test_the_route_has_the_services_and_not_health(tmp_path):
         ({"settings": {"max_waiting_output": 1}}, "max_waiting_output"),
         ({"settings": {"tls_cert_file": "x"}}, "tls_cert_file"),
         ({"resources": {"request": {}}}, "request"),
-        ({"tls": {"secret": ""}}, "give tls.secret and apiKeys.secret, or insecure: true"),
+        ({"tls": {"secret": ""}}, "give tls.secret and apiKeys.secret (or settings.oidc_issuer), or insecure: true"),
         ({"redis": {"secret": ""}}, "replicas above 1 need redis.url or redis.secret"),
         ({"cache": {"keySecret": ""}}, "need cache.keySecret"),
         ({"redis": {"url": "redis://x"}}, "exclude each other"),

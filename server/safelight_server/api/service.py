@@ -250,7 +250,7 @@ class Service:
     ) -> Handler:
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
             metadata = context.invocation_metadata() or ()
-            caller = self._recognize(metadata, context.peer())
+            caller = await self._recognize(metadata, context.peer())
             known = isinstance(caller, Caller)
             stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
             stage.enter()
@@ -309,7 +309,7 @@ class Service:
     ) -> bytes:
         """Runs a unary method in a span of its own."""
         metadata = context.invocation_metadata() or ()
-        caller = self._recognize(metadata, context.peer())
+        caller = await self._recognize(metadata, context.peer())
         known = isinstance(caller, Caller)
         stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
         stage.enter()
@@ -332,10 +332,10 @@ class Service:
         _end_span(stage, None)
         return result.SerializeToString()
 
-    def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
+    async def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
         """The caller, or the error that refuses it. Called before the span begins: only known callers may force one."""
         try:
-            return self._identity.recognize(metadata, peer)
+            return await self._identity.recognize(metadata, peer)
         except SafelightError as error:
             return error.with_traceback(None)
 
