@@ -242,7 +242,7 @@ class Service:
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
             # holds no generation: a client that does not read would keep its pictures
             metadata = context.invocation_metadata() or ()
-            caller = self._recognize(metadata, context.peer())
+            caller = await self._recognize(metadata, context.peer())
             known = isinstance(caller, Caller)
             stage = self._tracer.server_call(service, name, metadata, known=known)
             stage.enter()
@@ -306,7 +306,7 @@ class Service:
     ) -> bytes:
         """Runs a unary method in a span of its own."""
         metadata = context.invocation_metadata() or ()
-        caller = self._recognize(metadata, context.peer())
+        caller = await self._recognize(metadata, context.peer())
         known = isinstance(caller, Caller)
         stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
         stage.enter()
@@ -329,10 +329,10 @@ class Service:
         _end_span(stage, None)
         return result.SerializeToString()
 
-    def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
+    async def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
         """The caller, or the error that refuses it. Called before the span begins: only known callers may force one."""
         try:
-            return self._identity.recognize(metadata, peer)
+            return await self._identity.recognize(metadata, peer)
         except SafelightError as error:
             return error.with_traceback(None)
 

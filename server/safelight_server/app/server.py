@@ -20,15 +20,13 @@ import structlog
 
 from safelight_server.api.call_limits import CallLimits, KeylessQuota
 from safelight_server.api.health import HEALTH_SERVICE
-from safelight_server.api.identity import Identity
 from safelight_server.api.images import ImageCalls, UploadRoom
 from safelight_server.api.quota import StreamQuota
 from safelight_server.api.reflection import REFLECTION_SERVICES
-from safelight_server.api.service import (
-    Service,
-)
+from safelight_server.api.service import Service
 from safelight_server.app.address import BindError, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.app.callers import build_identity
 from safelight_server.app.certificate import CertificateError, ServerCertificate
 from safelight_server.app.errors import StartError
 from safelight_server.app.grpc_server import MAX_KEYLESS_STREAMS
@@ -179,7 +177,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         headers, requested_per_s = settings.otlp_header_pairs, settings.trace_requested_per_s
         tracer = Tracing(settings.otlp_endpoint, settings.trace_ratio, headers, requested_per_s)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
-        identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
+        identity = build_identity(settings, all_admins=is_loopback(settings.host), wall=wall)
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
         price = None if settings.price_file is None else compute_price(settings.price_file, settings.instance_type)
         if price is not None:
