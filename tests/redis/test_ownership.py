@@ -192,7 +192,7 @@ async def test_a_lost_one_is_cancelled_after_its_grace_whoever_has_it(
 async def test_redis_fails_in_mid_work_and_generations_go_on(
     redis_server: RedisServer, tmp_path: Path, fault: str
 ) -> None:
-    async with servers(redis_server.url, tmp_path, redis_timeout_ms=500) as both:
+    async with servers(redis_server.url, tmp_path, redis_timeout_ms=500 if fault == "hung" else 5000) as both:
         expected = [await undisturbed(both[0], 10 + n) for n in range(6)]
         calls = [both[n % 2].stub.Generate(request(10 + n, STEPS)) for n in range(6)]
         calls += [both[1 - n % 2].stub.Generate(request(10 + n, STEPS)) for n in range(3)]
