@@ -209,9 +209,10 @@ def test_the_denoiser_is_written_with_its_mask(pair: Pair, tmp_path: Path) -> No
         pipeline = loading.load(made)
         module = denoiser_of(pipeline).eval()
         round_weights(module)
-        examples = [example_inputs("denoiser", pipeline, made, size) for size in made.latent_sizes]
+        # At one size, which takes less time than two.
+        examples = [example_inputs("denoiser", pipeline, made, made.latent_sizes[0])]
         file = tmp_path / "tiny_denoiser" / "1" / "model.onnx"
-        write_onnx(module, examples, module.outputs, file, made.multiple)
+        write_onnx(module, examples, module.outputs, file)
         check_parity(module, examples, module.outputs, file)
     taken = {at.name for at in onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_inputs()}
     assert taken == {"sample", "timestep", "encoder_hidden_states", "mask", "masked_image"}
