@@ -312,7 +312,7 @@ demo-lora: setup out/lora/models ## Develop pictures of icons without and with t
 .PHONY: train-lora
 train-lora: out/lora/models ## Train the adapter `neon` of icons from 200 drawings, and score it (minutes; resumes; LORA_ARGS="--measure")
 	PYTHONPATH=server $(TRAIN_PY) -W ignore -m training.lora $(LORA_ARGS)
-	[ "$(LORA_ARGS)" = --measure ] || PYTHONPATH=server $(TRAIN_PY) -W ignore -m training.style --adapter out/lora/neon
+	[ "$(LORA_ARGS)" = --measure ] || PYTHONPATH=server $(TRAIN_PY) -W ignore -m training.style --adapter out/lora/neon --card
 
 .PHONY: evaluate
 evaluate: .venv-training/.installed ## Score the shipped weights; fails below the bars

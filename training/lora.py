@@ -17,6 +17,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from training.icons import Spec, caption, held_out, sample_spec
 from training.icons.render import NEON, Style, render
 
 CHECKPOINT = "lora.pt"
+FACTS = "training.json"
+"""Beside an adapter: what it was trained on, and how."""
 CHECKPOINT_EVERY_S = 60.0
 LOG_EVERY = 25
 NAME = "neon"
@@ -147,7 +150,7 @@ class Run:
         if world > 1:  # accelerate takes the group that `parallel` has made
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             os.environ.update({name: str(value) for name, value in own.items()}, OMP_NUM_THREADS="1")
-        self.recipe, self.rank, self.world = recipe, rank, world
+        self.recipe, self.options, self.rank, self.world = recipe, options, rank, world
         networks.seed_everything(recipe.seed)
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16" if options.bfloat16 else "no")
         pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
@@ -241,7 +244,7 @@ def _log(folder: Path, run: Run, loss: float) -> None:
 
 
 def save(run: Run, folder: Path) -> None:
-    """Writes the adapter as diffusers does, in float16."""
+    """Writes the adapter as diffusers does, in float16, and `FACTS` beside it."""
     facts = run.unet.peft_config["default"].to_dict()
     StableDiffusionPipeline.save_lora_weights(
         folder,
@@ -252,15 +255,26 @@ def save(run: Run, folder: Path) -> None:
     )
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # the library lets its owner alone read it
+    recipe = run.recipe
+    told = {
+        "samples": run.step * recipe.batch_size,
+        "num_samples": recipe.num_samples,
+        "num_drawings": recipe.num_drawings,
+        "rank": recipe.rank,
+        "cpu_s": round(run.cpu_s),
+        "computed": str(run.options),
+    }
+    (folder / FACTS).write_text(json.dumps(told, indent=1) + "\n")
 
 
 def measure(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, rank: int, world: int) -> None:
     """Takes a few steps; writes their time, and the most memory that the process had meanwhile."""
     run = Run(recipe, options, pipeline, rank)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+    before = _memory("VmRSS")
     for _ in range(WARM_STEPS):
         run.advance()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
-    before, began, cpu = _memory("VmRSS"), time.monotonic(), time.process_time()
+    began, cpu = time.monotonic(), time.process_time()
     for _ in range(MEASURED_STEPS):
         run.advance()
     num = MEASURED_STEPS * recipe.batch_size
@@ -293,6 +307,22 @@ def compare(recipe: LoraRecipe, pipeline: Path, folder: Path) -> list[tuple[Opti
     return found
 
 
+def table(found: Sequence[tuple[Options, Mapping[str, float]]]) -> str:
+    """The figures of `compare` in Markdown, for docs/training.md."""
+    heads = ["", "samples a second", "CPU ms a sample", "most memory of a process", "of it for the steps"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for options, one in found:
+        steps_mib = one["peak_mib"] - one["before_mib"]
+        cells = (
+            f"{one['samples_per_s']:.0f}",
+            f"{one['cpu_ms']:.1f}",
+            f"{one['peak_mib']:.0f} MiB",
+            f"{steps_mib:.0f} MiB",
+        )
+        lines.append(f"| {' | '.join([str(options), *cells])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -313,7 +343,7 @@ def main() -> None:
     recipe = replace(LORA, num_samples=options.samples, rank=options.rank, batch_size=options.batch_size)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.measure:
-        compare(recipe, options.pipeline, options.folder)
+        print(table(compare(recipe, options.pipeline, options.folder)))
         return
     chosen = Options(options.processes, options.precision == "bfloat16", options.gradient_checkpointing)
     began = time.monotonic()

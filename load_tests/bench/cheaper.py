@@ -106,6 +106,7 @@ def measure(plan: Plan) -> Report:
     icons = [sample_spec(rng) for _ in range(plan.num_captions)]
     prompts = [caption(icon, rng, full=True) for icon in icons]
     ways = {name: Way() for name in plan.ways}
+    judge = _trained_judge() if plan.judge else None  # first: a judge that is refused costs no measurement
     with (
         tempfile.TemporaryDirectory() as folder,
         processes.child(processes.obey) as clients,
@@ -122,7 +123,7 @@ def measure(plan: Plan) -> Report:
                 way.cpu_s += server.ask().cpu_s - before.cpu_s
                 way.wall_s += seconds
                 way.developed += developed
-    right = judged(ways, icons) if plan.judge else {}
+    right = judged(judge, ways, icons) if judge is not None else {}
     rows: list[Row] = [{**_row(name, way, ways[PLAIN]), **right.get(name, {})} for name, way in ways.items()]
     return Report("cheaper", {f"Cheaper steps, {plan.num_captions} captions": rows})
 
@@ -173,11 +174,14 @@ async def _picture(stub: stubs.GenerationServiceAsyncStub, request: pb.GenerateR
     return Developed(pixels, usage.num_rows, usage.num_rows_skipped)
 
 
-def judged(ways: Mapping[str, Way], icons: Sequence[Spec]) -> dict[str, dict[str, float]]:
+def _trained_judge() -> object:
+    """The classifier of `training/evaluate.py`; its module needs torch, which the other parts do not need."""
+    return importlib.import_module("training.evaluate").trained_judge(Path("out/evaluate"))[0]
+
+
+def judged(judge: object, ways: Mapping[str, Way], icons: Sequence[Spec]) -> dict[str, dict[str, float]]:
     """The share of pictures in which the judge finds the requested object, colour and background."""
-    # these modules need torch, which the other parts do not need
     classifier, evaluate = (importlib.import_module(f"training.{name}") for name in ("classifier", "evaluate"))
-    judge, _ = evaluate.trained_judge(Path("out/evaluate"))
     wanted = np.array([classifier.labels(icon) for icon in icons])
     right: dict[str, dict[str, float]] = {}
     for name, way in ways.items():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,11 +20,11 @@ from safelight_server.catalog import adapters
 from safelight_server.catalog.manifest import AdapterRoom
 from safelight_server.export.adapters import Adapters
 
-from training import checkpoint, lora, parallel, style
+from training import checkpoint, classifier, evaluate, lora, parallel, style
 from training.evaluate import find_manifest
 from training.icons import held_out, sample_spec
-from training.icons.render import NEON, PLAIN, render
-from training.lora import CHECKPOINT, LORA, NAME, Options
+from training.icons.render import NEON, PLAIN, Style, render
+from training.lora import CHECKPOINT, FACTS, LORA, NAME, Options
 from training.restore import restore_pipeline
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
@@ -118,6 +122,22 @@ def test_the_server_takes_what_was_trained(icons: Path, plain: Path) -> None:
     assert np.abs(packed).max() > 0
 
 
+def test_beside_an_adapter_it_says_what_it_was_trained_on(plain: Path) -> None:
+    told = json.loads((plain / NAME / FACTS).read_text())
+    assert told.pop("cpu_s") >= 0
+    expected = {"samples": 16, "num_samples": 16, "num_drawings": 8, "rank": 4, "computed": "float32, 1 process"}
+    assert told == expected
+
+
+def test_what_was_measured_is_a_table_of_all_options() -> None:
+    figures = {"samples_per_s": 80.4, "cpu_ms": 11.72, "peak_mib": 700.0, "before_mib": 600.0}
+    several = [Options(), Options(processes=2, bfloat16=True, checkpointing=True)]
+    _, rule, first, second = lora.table([(options, figures) for options in several]).splitlines()
+    assert first == "| float32, 1 process | 80 | 11.7 | 700 MiB | 100 MiB |"
+    assert second == "| bfloat16, gradient checkpointing, 2 processes | 80 | 11.7 | 700 MiB | 100 MiB |"
+    assert rule.count("|") == first.count("|")
+
+
 def test_no_drawing_shows_what_the_evaluation_asks_for() -> None:
     specs = lora.drawn_specs(LORA)
     assert len(specs) == 200
@@ -146,3 +166,67 @@ def test_the_styles_are_told_apart_on_unseen_drawings() -> None:
 def test_each_bar_of_the_style_can_fail(with_: float, without: float, objects: float, faults: list[str]) -> None:
     result = {"looks": {"with": with_, "without": without}, "scores": {"with": {"object": objects}}}
     assert style.below_bars(result) == faults
+
+
+class Drawn:
+    """In place of the sampler: drawings of the style that the adapter is said to have."""
+
+    def __init__(self, manifest: Path, threads: int, adapter: Path | None) -> None:
+        self._look = PLAIN if adapter is None else NEON
+
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> npt.NDArray[np.uint8]:
+        specs = evaluate.held_out_specs(len(prompts), "style")
+        return np.stack([render(spec, style=self._look) for spec in specs])
+
+
+def drawn_here(count: int, seed: str, styles: Sequence[Style] = (PLAIN,)) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
+    """`classifier.draw` without its processes."""
+    rng = random.Random(seed)
+    specs = [sample_spec(rng) for _ in range(count)]
+    pictures = [render(spec, classifier.EDGE_PX, styles[at % len(styles)]) for at, spec in enumerate(specs)]
+    return np.stack(pictures), torch.tensor([classifier.labels(spec) for spec in specs])
+
+
+@pytest.fixture
+def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an adapter that `style.main` scores, with tiny numbers."""
+    folder = tmp_path / NAME
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    told = {"samples": 4800, "num_samples": 24000, "num_drawings": 200, "rank": 4, "cpu_s": 60, "computed": "float32"}
+    (folder / FACTS).write_text(json.dumps(told))
+    monkeypatch.setattr(style, "NUM_DRAWINGS", 160)
+    monkeypatch.setattr(style, "NUM_UNSEEN", 40)
+    monkeypatch.setattr(style, "JUDGE_DRAWINGS", 64)
+    monkeypatch.setattr(style, "CHECK_BAR", 0.7)
+    monkeypatch.setattr(style, "Sampler", Drawn)
+    monkeypatch.setattr(classifier, "draw", drawn_here)
+    arguments = ["--models", MODELS, "--adapter", folder, "--captions", 20, "--out", tmp_path / "out", "--card"]
+    monkeypatch.setattr(sys, "argv", ["style", *map(str, arguments)])
+    return folder
+
+
+def test_scoring_writes_its_figures_and_exits_below_the_bars(scored: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        style.main()
+    assert ended.value.code == 1, "a judge of 64 drawings knows no objects"
+    result = json.loads((scored.parent / "out" / "style.json").read_text())
+    assert result["looks"]["with"] > 0.7
+    assert result["looks"]["without"] < 0.3
+    card = (scored / "MODEL_CARD.md").read_text()
+    assert "4,800 of\n24,000 samples, 60 CPU seconds (float32)" in card
+    assert f"Below the bars: {'; '.join(result['faults'])}." in card
+    assert hashlib.sha256(b"weights").hexdigest() in card
+
+
+def test_a_card_without_what_the_adapter_was_trained_on_is_refused_at_once(scored: Path) -> None:
+    (scored / FACTS).unlink()
+    with pytest.raises(SystemExit, match=FACTS):
+        style.main()
+    assert not (scored.parent / "out").exists()
+
+
+def test_the_shipped_card_is_of_the_shipped_adapter() -> None:
+    [file] = (MODELS / "adapters" / NAME).glob("*.safetensors")
+    card = (file.parent / "MODEL_CARD.md").read_text()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in card
