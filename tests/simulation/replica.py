@@ -69,7 +69,7 @@ def image(seed: int) -> FloatArray:
 class NoImages:
     """No request brings a picture; see `InitImages`."""
 
-    async def load(self, _tenant: str, _spec: object) -> None:
+    async def load(self, _tenant: str, _spec: object, *, needs_mask: bool) -> None:
         """None to begin from."""
 
     async def load_controls(self, _tenant: str, _spec: object, _offered: object) -> tuple[()]:
