@@ -283,7 +283,9 @@ async def test_a_picture_answers_until_another_is_there_to_take_its_place(start)
             stream = stub.Generate(ask("red potion, dark background", 3, SIMILAR))
             await stream.read()
             stream.cancel()
-            again = await collect(stub.Generate(ask("red potion, dark background", 4, SIMILAR)))
+            answering = asyncio.create_task(collect(stub.Generate(ask("red potion, dark background", 4, SIMILAR))))
+            await asyncio.wait([answering], timeout=5)  # what is not served would wait for the end of the pause
+        again = await answering
         assert (result(again).disposition, result(again).source) == (R.DISPOSITION_SIMILAR, first[0].generation)
 
 
