@@ -7,12 +7,14 @@ import fcntl
 import os
 import random
 import socket
-import tempfile
 from pathlib import Path
 
 PORTS = range(20_000, 32_000)
 """Below those that Linux gives to outgoing connections (`net.ipv4.ip_local_port_range`, from 32,768 on). A port of
 theirs, found free, can be taken by any connection of the machine before the server listens on it."""
+
+LOCKS = Path("/tmp", f"safelight-ports-{os.getuid()}")
+"""One file for all processes of a user: each run of the tests has a temporary folder of its own (tests/conftest.py)."""
 
 _given: set[int] = set()
 _locks: list[int] = []
@@ -21,9 +23,7 @@ _locks: list[int] = []
 def free_port() -> int:
     """A port on which nobody listens, and which no other process is given here while this one lives."""
     if not _locks:
-        _locks.append(
-            os.open(Path(tempfile.gettempdir(), "safelight-ports"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        )
+        _locks.append(os.open(LOCKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):  # forks of one process must not draw the same ones
         if port in _given:
             continue

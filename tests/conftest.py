@@ -81,7 +81,12 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
     return True
 
 
-hypothesis.settings.register_profile("safelight", deadline=None)  # machines are shared: no test asserts a time
+hypothesis.settings.register_profile(
+    "safelight",
+    deadline=None,  # machines are shared: no test asserts a time
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="CI" in os.environ,  # there the same examples each time; elsewhere new ones, and those that failed
+)
 hypothesis.settings.load_profile("safelight")
 
 MODELS = Path(__file__).parent.parent / "models"

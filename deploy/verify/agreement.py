@@ -20,6 +20,7 @@ _FLAGS = {
 }
 _ENCRYPTION = "BucketEncryption.ServerSideEncryptionConfiguration.0"
 _STORAGE = "module.storage.aws_"
+_USERS = "module.users[0].aws_cognito_"
 
 SAME: tuple[tuple[str, str, str, str], ...] = (
     ("module.key.aws_kms_key.this", "enable_key_rotation", "Key", "EnableKeyRotation"),
@@ -93,6 +94,26 @@ SAME: tuple[tuple[str, str, str, str], ...] = (
     (f"{_STORAGE}efs_access_point.engines", "root_directory.0.path", "EnginesAccess", "RootDirectory.Path"),
     (f"{_STORAGE}efs_access_point.engines", "posix_user.0.uid", "EnginesAccess", "PosixUser.Uid"),
     ("module.identity.module.server.aws_iam_role.this", "name", "ServerRole", "RoleName"),
+    *(
+        (f"{_USERS}{address}", ours, logical, theirs)
+        for address, logical, ours, theirs in (
+            ("user_pool.this", "UserPool", "deletion_protection", "DeletionProtection"),
+            ("user_pool.this", "UserPool", "mfa_configuration", "MfaConfiguration"),
+            (
+                "user_pool.this",
+                "UserPool",
+                "admin_create_user_config.0.allow_admin_create_user_only",
+                "AdminCreateUserConfig.AllowAdminCreateUserOnly",
+            ),
+            (
+                "user_pool.this",
+                "UserPool",
+                "password_policy.0.minimum_length",
+                "Policies.PasswordPolicy.MinimumLength",
+            ),
+            ("resource_server.this", "ResourceServer", "identifier", "Identifier"),
+        )
+    ),
 )
 """Values that both declare: Terraform's address and attribute, CloudFormation's logical id and property.
 
@@ -112,6 +133,8 @@ def disagreements(
     by_address = {each.address: each.values for each in planned}
     known = parameters(template, given)
     for address, ours, logical, theirs in SAME:
+        if address.startswith(_USERS) and not any(each.startswith(_USERS) for each in by_address):
+            continue  # the fleet has no user pool, and the stack needs none
         values, resource = by_address.get(address), template["Resources"].get(logical)
         declared = ABSENT if values is None else _at(values, ours)
         other = ABSENT if resource is None else _at(resolved(resource["Properties"], known), theirs)

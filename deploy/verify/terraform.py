@@ -150,7 +150,7 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
     def of(*types: str) -> list[Resource]:
         return [each for kind in types for each in by_type.get(kind, ())]
 
-    ec2, iam, eks = (session.client(name) for name in ("ec2", "iam", "eks"))
+    ec2, iam, eks, cognito = (session.client(name) for name in ("ec2", "iam", "eks", "cognito-idp"))
     try:
         rules = {
             each.values["id"]
@@ -175,6 +175,12 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
             for policy in iam.list_attached_role_policies(RoleName=name)["AttachedPolicies"]:
                 if policy["PolicyArn"] not in attached:
                     yield Drift(BETWEEN, role.address, f"policy {policy['PolicyArn']}", ABSENT, PRESENT)
+        clients = {each.values["id"] for each in of("aws_cognito_user_pool_client")}
+        for users in of("aws_cognito_user_pool"):
+            for page in cognito.get_paginator("list_user_pool_clients").paginate(UserPoolId=users.values["id"]):
+                for found in page["UserPoolClients"]:
+                    if found["ClientId"] not in clients:
+                        yield Drift(BETWEEN, users.address, f"client {found['ClientName']}", ABSENT, PRESENT)
         for cluster in of("aws_eks_cluster"):
             name = cluster.values["name"]
             pools = {
@@ -195,8 +201,8 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
                 if subnet["SubnetId"] not in subnets:
                     yield Drift(BETWEEN, vpc.address, f"subnet {subnet['SubnetId']}", ABSENT, subnet["CidrBlock"])
         for table in of("aws_route_table"):
-            [found] = ec2.describe_route_tables(RouteTableIds=[table.values["id"]])["RouteTables"]
-            for route in found["Routes"]:
+            [described] = ec2.describe_route_tables(RouteTableIds=[table.values["id"]])["RouteTables"]
+            for route in described["Routes"]:
                 gateway = route.get("GatewayId", "")
                 if gateway != "local" and not gateway.startswith("vpce-"):  # not those of the VPC and its endpoints
                     to = route.get("DestinationCidrBlock") or route.get("DestinationIpv6CidrBlock") or "?"
@@ -204,7 +210,7 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
                         BETWEEN, table.address, f"route {to}", ABSENT, gateway or route.get("NatGatewayId") or PRESENT
                     )
     finally:
-        for client in (ec2, iam, eks):
+        for client in (ec2, iam, eks, cognito):
             client.close()
 
 

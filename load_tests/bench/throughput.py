@@ -29,7 +29,7 @@ class Plan:
     rounds: int = 3
 
 
-SMOKE = Plan(num_clients=(1, 2), num_pictures=(2, 4), num_steps=3, rounds=1)
+SMOKE = Plan(num_clients=(1, 2), num_pictures=(2, 4), num_steps=6, rounds=1)
 
 
 def measure(plan: Plan) -> Report:

@@ -128,8 +128,10 @@ async def _ask(
                 first = True
                 seen.first_preview_s.setdefault((phase, priority), []).append(time.monotonic() - due)
             finished = finished or kind == "finished"
-        if not (first and finished):
-            seen.failures["no preview, or no end"] += 1
+        if not finished:
+            seen.failures["no end"] += 1
+        elif not first:
+            seen.failures["no preview"] += 1
     except grpc.aio.AioRpcError as error:
         seen.failures[f"{error.code().name}: {error.details()}"] += 1
 

@@ -62,6 +62,26 @@ class Settings(BaseSettings):
         description="PEM of the authorities that sign the certificates of clients (mTLS). None: clients need none.",
     )
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
+    oidc_issuer: str = Field(
+        "",
+        description="OpenID provider whose tokens (JWT) callers may send instead of keys (docs/operations/keys.md):"
+        " its URL as in their claim `iss`. Empty: no tokens.",
+    )
+    oidc_audience: str = Field(
+        "",
+        description="Audiences of tokens, separated by commas: one must be in `aud`, or in `client_id` where there is"
+        " no `aud` (Cognito). Empty: any, which needs oidc_required.",
+    )
+    oidc_required: str = Field(
+        "", description="What each token needs, as CLAIM=VALUE: scope=safelight/generate. Empty: nothing."
+    )
+    oidc_admin: str = Field(
+        "",
+        description="What administrators' tokens have, as CLAIM=VALUE: cognito:groups=admins. Empty: no token is one.",
+    )
+    oidc_tenant_claim: str = Field(
+        "", description="Claim that names the tenant. Empty: the application, by `client_id`, `azp` or `appid`."
+    )
     quota_file: Path | None = Field(
         None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
     )
@@ -304,8 +324,9 @@ class Settings(BaseSettings):
         if not is_loopback(self.host) and not self.insecure:
             if self.tls_cert_file is None:
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")
-            if self.api_key_file is None:
-                faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
+            if not self.requires_credentials:
+                faults.append(f"{self.host} is not loopback: give api_key_file or oidc_issuer, or insecure")
+        faults += self._oidc_faults()
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
             faults.append("tls_client_ca_file needs tls_cert_file and tls_key_file")
         if self.http_port and self.host.startswith("unix:"):
@@ -344,6 +365,39 @@ class Settings(BaseSettings):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _oidc_faults(self) -> list[str]:
+        """What is wrong with the settings of the OpenID provider."""
+        named = ("oidc_audience", "oidc_required", "oidc_admin", "oidc_tenant_claim")
+        if not self.oidc_issuer:
+            return [f"{name} needs oidc_issuer" for name in named if getattr(self, name)]
+        faults = []
+        url = self.oidc_issuer
+        if not _is_url(url) or re.search(r"[?#@\s]", url):
+            faults.append("oidc_issuer must be https://HOST[/PATH]")
+        elif url.startswith("http://") and not self.insecure and not is_loopback(urlsplit(url).hostname or ""):
+            faults.append("oidc_issuer must have https, or be on loopback, or give insecure")
+        if not self.oidc_audience and not self.oidc_required:
+            faults.append(
+                "oidc_issuer needs oidc_audience or oidc_required: without both, tokens of the provider for any other"
+                " service would be accepted"
+            )
+        if not all(self.oidc_audiences) and self.oidc_audience:
+            faults.append("oidc_audience must be texts separated by commas")
+        for name in ("oidc_required", "oidc_admin"):
+            if (text := getattr(self, name)) and not re.fullmatch(r"[^=\s]+=\S.*", text):
+                faults.append(f"{name} must be CLAIM=VALUE")
+        return faults
+
+    @property
+    def requires_credentials(self) -> bool:
+        """Whether callers need a key or a token."""
+        return self.api_key_file is not None or bool(self.oidc_issuer)
+
+    @property
+    def oidc_audiences(self) -> frozenset[str]:
+        """The audiences of `oidc_audience`."""
+        return frozenset(text.strip() for text in self.oidc_audience.split(",")) if self.oidc_audience else frozenset()
 
     @property
     def triton_urls(self) -> tuple[str, ...]:

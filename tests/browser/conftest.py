@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest_asyncio
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 from safelight_server.app.server import Running
 
 from load_tests.ports import free_port
 from tests.conftest import serving_here
 
 PAGE_TIMEOUT_MS = 30_000
+expect.set_options(timeout=PAGE_TIMEOUT_MS)  # it has a limit of its own, of five seconds
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")

@@ -14,7 +14,10 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.api.identity import new_key
 
 from tests.browser.conftest import visit
+from tests.conftest import eventually
+from tests.integration.test_cache import kept
 from tests.support.http import http_server
+from tests.support.pause import steps_paused
 from tests.support.relay import Relay
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
@@ -50,9 +53,10 @@ async def test_pictures_develop_side_by_side(browser, server):
 async def test_one_is_cancelled_and_the_others_go_on(browser):
     async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
         await seen.develop(POTION, 3, steps="40")
-        await expect(seen.card(1).locator(".state")).to_contain_text("of 40")
-        await seen.card(1).get_by_role("button", name="Cancel").click()
-        await expect(seen.card(1).locator(".state")).to_contain_text("Cancelled after step")
+        await expect(seen.card(1).locator("img")).to_be_visible()
+        with steps_paused(slow):
+            await seen.card(1).get_by_role("button", name="Cancel").click()
+            await expect(seen.card(1).locator(".state")).to_contain_text("Cancelled after step")
         await expect(seen.card(1).locator("dl")).to_contain_text("Compute")
         await expect(seen.card(1).locator("img")).to_be_visible()
         await finished(seen.card(0))
@@ -62,15 +66,16 @@ async def test_one_is_cancelled_and_the_others_go_on(browser):
 
 async def test_what_waits_in_the_page_can_be_cancelled_and_one_connection_is_left_for_that(browser):
     async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
-        await seen.develop(POTION, 4, steps="40")
-        await seen.develop(POTION, 4, steps="40")
-        waits = seen.page.locator("#sheet > li", has_text="Waits to be sent")
-        await expect(waits).to_have_count(3)
-        await waits.first.get_by_role("button", name="Cancel").click()
-        await expect(waits).to_have_count(2)
-        await seen.card(7).get_by_role("button", name="Cancel").click()
-        await expect(seen.card(7).locator(".state")).to_contain_text("Cancelled")
-        await expect(waits).to_have_count(1)  # it replaced the cancelled one
+        with steps_paused(slow):
+            await seen.develop(POTION, 4, steps="10")
+            await seen.develop(POTION, 4, steps="10")
+            waits = seen.page.locator("#sheet > li", has_text="Waits to be sent")
+            await expect(waits).to_have_count(3)
+            await waits.first.get_by_role("button", name="Cancel").click()
+            await expect(waits).to_have_count(2)
+            await seen.card(7).get_by_role("button", name="Cancel").click()
+            await expect(seen.card(7).locator(".state")).to_contain_text("Cancelled")
+            await expect(waits).to_have_count(1)  # it replaced the cancelled one
         await expect(seen.page.locator("#sheet > li .state", has_text="Finished")).to_have_count(6)
 
 
@@ -95,6 +100,7 @@ async def test_steps_are_scrubbed_and_one_is_branched_from(browser, server):
         shown = await steps.get_attribute("aria-valuetext")
         await first.get_by_role("button", name=f"Branch from {shown.lower().partition(' of')[0]}", exact=True).click()
         await first.get_by_label("Go on from there with").fill("a glowing blue potion on a dark background")
+        await kept(server)
         await first.get_by_role("button", name="Develop the branch").click()
         await expect(seen.page.locator("#sheet > li")).to_have_count(2)
         branch = seen.card(0)
@@ -110,6 +116,7 @@ async def test_a_pinned_seed_gives_the_same_picture_and_saves_its_steps(browser,
         await finished(seen.card(0))
         await seen.card(0).get_by_role("button", name="Pin seed").click()
         seed = await seen.page.get_by_role("textbox", name="Seed").input_value()
+        await kept(server)
         await expect(seen.card(0).locator("dl")).to_contain_text(f"Seed{seed}")
         await seen.page.get_by_role("button", name="Develop", exact=True).click()
         await finished(seen.card(0))
@@ -137,7 +144,7 @@ async def test_the_keyboard_is_enough(browser, server):
         await tab_to("#count")
         await page.keyboard.type("1")
         await tab_to("#steps")
-        await page.keyboard.type("8")
+        await page.keyboard.type("20")
         await tab_to("#develop")
         await press("Enter")
         await finished(seen.card(0))
@@ -151,6 +158,7 @@ async def test_the_keyboard_is_enough(browser, server):
         await tab_to("button.branch")
         await press("Enter")
         await expect(seen.card(0).get_by_label("Go on from there with")).to_be_focused()
+        await kept(server)
         await press("Escape")
         await expect(seen.card(0).locator("button.branch")).to_be_focused()
         await press("Enter")
@@ -164,16 +172,17 @@ async def test_the_focus_stays_on_a_picture_that_was_cancelled(browser):
     async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
         await seen.develop(POTION, 1, steps="40")
         await expect(seen.card(0).locator(".state")).to_contain_text("of 40")
-        await seen.card(0).get_by_role("button", name="Cancel").focus()
-        await seen.page.keyboard.press("Enter")
-        await expect(seen.card(0).locator(".state")).to_contain_text("Cancelled")
+        with steps_paused(slow):
+            await seen.card(0).get_by_role("button", name="Cancel").focus()
+            await seen.page.keyboard.press("Enter")
+            await expect(seen.card(0).locator(".state")).to_contain_text("Cancelled")
         assert await seen.card(0).evaluate("card => card.contains(document.activeElement)")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_axe_finds_nothing(browser, server, scheme):
     async with visit(browser, server.http_address, color_scheme=scheme) as seen:
-        await seen.develop(POTION, 2, steps="4")
+        await seen.develop(POTION, 2, steps="20")
         await finished(seen.card(0))
         await finished(seen.card(1))
         await seen.card(0).get_by_role("button", name="Branch from step").click()
@@ -194,7 +203,7 @@ async def test_a_phone_needs_no_scrolling_sideways(browser, server):
     async with visit(
         browser, server.http_address, viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True
     ) as seen:
-        await seen.develop(long, 2, steps="6", seed=str(2**64 - 2))
+        await seen.develop(long, 2, steps="20", seed=str(2**64 - 2))
         await finished(seen.card(0))
         await finished(seen.card(1))
         await seen.card(0).get_by_role("button", name="Branch from step").tap()
@@ -262,7 +271,9 @@ async def test_a_lost_connection_is_resumed_where_it_stopped(browser):
                 await seen.develop(POTION, 2, steps="40", seed="7")
                 for at in range(2):
                     await expect(seen.card(at).locator(".state")).to_contain_text("of 40")
-                relay.reset()
+                with steps_paused(running):
+                    relay.reset()
+                    await eventually(lambda: sum(url.endswith("/WatchGeneration") for _, url in seen.requests) == 2)
                 for at in range(2):
                     await finished(seen.card(at))
                     await expect(seen.card(at).locator("dl")).to_contain_text("Steps saved0 of 40")

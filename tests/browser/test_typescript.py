@@ -69,7 +69,7 @@ async def develop(browser: Browser, origin: str, running: Running, **options: ob
 
 
 async def test_a_page_of_another_origin_streams_without_a_proxy(browser, origin):
-    async with http_server(http_cors_origins=origin) as running:
+    async with http_server(http_cors_origins=origin, simulated_base_ms=50.0) as running:
         seen = await develop(browser, origin, running)
         async with safelight.Client(running.address) as client:
             picture = await client.generate("a red potion", steps=6, seed=7).picture()

@@ -12,6 +12,8 @@ from load_tests.ports import free_port
 from tests.clients.case import SIMULATED
 from tools.clients.runners import LANGUAGES, SYNC, WEB, is_here, told
 
+TOLERANCE_US = 1_000_000
+
 
 async def test_every_runner_says_when_its_caller_had_each_preview(start, runners) -> None:
     spec = pb.GenerationSpec(prompt="a red potion", num_inference_steps=40)
@@ -33,6 +35,6 @@ async def test_every_runner_says_when_its_caller_had_each_preview(start, runners
         assert seen["code"] == "OK", (language, seen)
         assert 1 <= len(times_us) <= 39, (language, "the picture follows the last step")
         assert times_us == sorted(times_us), language
-        # A tolerance of a millisecond: Node's clock is the time of its start plus a monotonic clock.
-        assert began_us - 1000 <= times_us[0] and times_us[-1] <= ended_us + 1000, language
+        # Node's clock is the time of its start plus a monotonic clock, and the system's clock is adjusted meanwhile.
+        assert began_us - TOLERANCE_US <= times_us[0] and times_us[-1] <= ended_us + TOLERANCE_US, language
         assert not seen.get("previews"), (language, "they would cost more than what is measured")

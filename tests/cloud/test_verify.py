@@ -1,4 +1,4 @@
-"""deploy/verify finds no difference in a new fleet, and finds each of ten manual changes.
+"""deploy/verify finds no difference in a new fleet, and finds each of twelve manual changes.
 
 These tests change the fleet that the other modules use; pytest runs them after those.
 """
@@ -41,7 +41,7 @@ def kind(drift: dict[str, Any]) -> tuple[str, str]:
     return drift["resource"].partition("[")[0].split(".")[-2], drift["attribute"]
 
 
-def test_ten_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp_path):
+def test_twelve_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp_path):
     whole = ["--terraform", fleet.folder, "--var-file", fleet.variables, "--template", TEMPLATE]
     _, before = found(capsys, *whole)
     assert {kind(each) for each in before} == MOTO
@@ -71,6 +71,17 @@ def test_ten_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp_pa
     ecr.put_image_tag_mutability(repositoryName="safelight/gateway", imageTagMutability="MUTABLE")
     eks.delete_nodegroup(clusterName="safelight", nodegroupName="gpu-spot")
     logs.put_retention_policy(logGroupName="/safelight/safelight/flow", retentionInDays=1)
+    users = fleet.succeed("output", "-raw", "user_pool_id").strip()
+    cognito, applications = client("cognito-idp"), json.loads(fleet.succeed("output", "-json", "applications"))
+    scopes = ["safelight/admin", "safelight/generate"]
+    cognito.update_user_pool_client(
+        UserPoolId=users,
+        ClientId=applications["studio"],
+        AllowedOAuthScopes=scopes,
+        AllowedOAuthFlows=["client_credentials"],
+        AllowedOAuthFlowsUserPoolClient=True,
+    )
+    cognito.create_user_pool_client(UserPoolId=users, ClientName="just-for-now")
 
     status, after = found(capsys, *whole)
     named = {
@@ -99,6 +110,11 @@ def test_ten_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp_pa
         (f'{storage}ecr_repository.this["gateway"]', "image_tag_mutability"): ("IMMUTABLE", "MUTABLE"),
         ('module.cluster.aws_eks_node_group.this["gpu-spot"]', ""): (PRESENT, ABSENT),
         ("module.network.aws_cloudwatch_log_group.flow", "retention_in_days"): (90, 1),
+        ('module.users[0].aws_cognito_user_pool_client.application["studio"]', "allowed_oauth_scopes"): (
+            ["safelight/generate"],
+            scopes,
+        ),
+        ("module.users[0].aws_cognito_user_pool.this", "client just-for-now"): (ABSENT, PRESENT),
     }
 
 

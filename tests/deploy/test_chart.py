@@ -356,6 +356,22 @@ def test_the_route_has_the_services_and_not_health(tmp_path):
     assert services == declared
 
 
+def test_tokens_of_an_openid_provider_take_the_place_of_keys(tmp_path):
+    """The replicas and the activator check them alike, and both may reach the provider."""
+    settings = {"oidc_issuer": "https://provider.example", "oidc_required": "scope=safelight/generate"}
+    more = {"apiKeys": {"secret": ""}, "networkPolicy": {"egressPorts": [443]}}
+    objects = rendered(tmp_path, "to-zero", settings=settings, **more)
+    for name in ("safelight", "safelight-activator"):
+        [container] = one(objects, "Deployment", name)["spec"]["template"]["spec"]["containers"]
+        variables = environment(container)
+        assert "SAFELIGHT_API_KEY_FILE" not in variables
+        assert variables["SAFELIGHT_OIDC_ISSUER"] == "https://provider.example"
+        assert variables["SAFELIGHT_OIDC_REQUIRED"] == "scope=safelight/generate"
+        assert {"port": 443, "protocol": "TCP"} in policy(objects, name)["egress"][0]["ports"]
+    without = rendered(tmp_path, "to-zero", networkPolicy={"egressPorts": [443]})
+    assert {"port": 443, "protocol": "TCP"} not in policy(without, "safelight-activator")["egress"][0]["ports"]
+
+
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
@@ -364,7 +380,7 @@ def test_the_route_has_the_services_and_not_health(tmp_path):
         ({"settings": {"max_waiting_output": 1}}, "max_waiting_output"),
         ({"settings": {"tls_cert_file": "x"}}, "tls_cert_file"),
         ({"resources": {"request": {}}}, "request"),
-        ({"tls": {"secret": ""}}, "give tls.secret and apiKeys.secret, or insecure: true"),
+        ({"tls": {"secret": ""}}, "give tls.secret and apiKeys.secret (or settings.oidc_issuer), or insecure: true"),
         ({"redis": {"secret": ""}}, "replicas above 1 need redis.url or redis.secret"),
         ({"cache": {"keySecret": ""}}, "need cache.keySecret"),
         ({"redis": {"url": "redis://x"}}, "exclude each other"),

@@ -38,12 +38,12 @@ def written(folder: Path) -> list[Path]:
 
 async def test_frames_of_the_development(gstreamer: Path, start, tmp_path: Path) -> None:
     async with start() as running:
-        source = f"safelightsrc server={running.address} prompt=potion seed=7 steps=12"
+        source = f"safelightsrc server={running.address} prompt=potion seed=7 steps=30"
         process = await launch(gstreamer, tmp_path, f"{source} ! {WRITE}")
         said, _ = await asyncio.wait_for(process.communicate(), 100)
         assert process.returncode == 0, said.decode()
         async with safelight.Client(running.address) as client:
-            picture = (await client.generate("potion", seed=7, steps=12).image()).convert("RGB")
+            picture = (await client.generate("potion", seed=7, steps=30).image()).convert("RGB")
     frames = [np.asarray(PIL.Image.open(file).convert("RGB"), float) for file in written(tmp_path)]
     assert len(frames) >= 3
     assert np.array_equal(frames[-1], np.asarray(picture)), "the last frame is the picture, to the pixel"
@@ -73,11 +73,11 @@ async def test_a_pipeline_that_is_stopped_leaves_its_generation(gstreamer: Path,
     async with start(**SIMULATED | {"simulated_base_ms": 1000}) as running:
         source = f"safelightsrc server={running.address} prompt=potion steps=900"
         process = await launch(gstreamer, tmp_path, f"{source} ! {WRITE}")
-        await eventually(lambda: bool(written(tmp_path)))
+        await eventually(lambda: bool(written(tmp_path)), 60)  # it reads all plug-ins first
         process.send_signal(signal.SIGINT)
         said, _ = await asyncio.wait_for(process.communicate(), 60)
         assert b"handling interrupt" in said
-        assert running.inspect().streams == 0
+        await eventually(lambda: running.inspect().streams == 0)
 
 
 async def test_its_properties_are_described(gstreamer: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ async def test_forms_that_are_held_have_room_together():
 
         held = [edit(1_000_000) for _ in range(4)]  # of 4 MiB that there are for a tenant
         await eventually(lambda: here.held() == 4)
-        async with asyncio.timeout(10.0):  # it would be held
+        async with asyncio.timeout(15.0):  # it would be held
             refused = await edit(1_000_000)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "TOO_MANY_UPLOADS")
         assert (await edit(1 << 21)).status_code == 413
@@ -264,7 +264,7 @@ async def test_a_replica_with_mtls_sees_one_handshake_of_grpc_and_one_of_http(tm
             assert len(handshakes) == 2
             authorities.write_bytes(second[0])
             own.write_bytes(second[0] + second[1])
-            await eventually(lambda: len(handshakes) > 2, 10.0)
+            await eventually(lambda: len(handshakes) > 2)
             assert await list_models(b"")
             assert (await http.get("/v1/models")).status_code == 200
 

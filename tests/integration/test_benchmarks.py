@@ -201,8 +201,9 @@ def test_replay_counts_what_was_served(tmp_path):
     )
     (row,) = only_table(replay.measure(plan))
     served = json.loads((tmp_path / "exact-11.json").read_text())["served"]
-    assert {one["kind"] for one in served} == {"miss", "exact"}
-    for one in served:
+    alone = [one for one in served if one["kind"] != "coalesced"]  # the next request may come before it is kept
+    assert {one["kind"] for one in alone} == {"miss", "exact"}
+    for one in alone:
         assert one["num_steps_skipped"] == (plan.num_steps if one["kind"] == "exact" else 0)
     assert row["steps_saved"] == row["exact"] / 40
 

@@ -18,9 +18,10 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
 
-from tests.conftest import serving_here
+from tests.conftest import eventually, serving_here
 from tests.integration.test_cache import LATENT, SIMILAR, R, ask, kept, result
 from tests.integration.test_generate import BYPASS, collect, reason_of
+from tests.support.pause import steps_paused
 
 RED, REWORDED = "a red potion on a dark background", "red potion, dark background"
 SWORD = "a blue sword on a white background"
@@ -171,8 +172,10 @@ async def test_figures_count_each_kind_once_and_on_loopback_all_may_see_them(sta
         stub = client.generations
         await collect(stub.Generate(ask(RED, 1)))
         await kept(running)
-        first, second = [collect(stub.Generate(ask(SWORD, 1))) for _ in range(2)]
-        await asyncio.gather(first, second)
+        with steps_paused(running):
+            both = [asyncio.create_task(collect(stub.Generate(ask(SWORD, 1)))) for _ in range(2)]
+            await eventually(lambda: running.inspect().live == 2)
+        await asyncio.gather(*both)
         for prompt, seed, policy in (
             (RED, 1, None),
             (REWORDED, 2, SIMILAR),

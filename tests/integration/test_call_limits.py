@@ -13,8 +13,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import models_pb2, models_pb2_grpc
 from safelight_server.api import call_limits
-from safelight_server.app import grpc_server
-from safelight_server.app import server as composition
+from safelight_server.app import grpc_server, listening
 from safelight_server.generations.registry import Generations
 
 from tests.conftest import eventually
@@ -30,7 +29,7 @@ Serving = health_pb2.HealthCheckResponse
 async def end_of(call) -> tuple[grpc.StatusCode, dict]:
     """The status of a call that failed, and its details by name."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(5):  # otherwise a fault would hang the test
+        async with asyncio.timeout(15):  # otherwise a fault would hang the test
             async for _ in call:
                 pass
     return caught.value.code(), details(caught.value)
@@ -59,15 +58,18 @@ async def test_a_call_whose_request_does_not_come_is_ended(start, path):
     ):
         code, found = await end_of(only_headers(channel, path))
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "NO_REQUEST")
+        running.limits._request_wait_s = 600.0
         assert await check(channel) == Serving.SERVING
 
 
 async def test_a_reflection_stream_that_falls_silent_is_ended(start):
     async with (
-        start(**SIMULATED, request_wait_s=0.05) as running,
+        start(**SIMULATED, request_wait_s=600) as running,
         grpc.aio.insecure_channel(running.address) as channel,
     ):
         call = only_headers(channel, REFLECT)
+        await eventually(lambda: running.limits.num_awaited == 1)
+        running.limits._request_wait_s = 0.05  # from the next request on
         await call.write(reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString())
         code, found = await end_of(call)
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "NO_REQUEST")
@@ -75,11 +77,12 @@ async def test_a_reflection_stream_that_falls_silent_is_ended(start):
 
 async def test_a_watch_is_not_ended_for_want_of_further_requests(start):
     async with (
-        start(**SIMULATED, request_wait_s=0.05) as running,
+        start(**SIMULATED, request_wait_s=600) as running,
         grpc.aio.insecure_channel(running.address) as channel,
     ):
         watching = watch(channel)
         assert (await watching.read()).status == Serving.SERVING
+        running.limits._request_wait_s = 0.05
         await end_of(only_headers(channel, GENERATE))  # as long as the limit
         assert not watching.done()
 
@@ -136,7 +139,7 @@ async def test_no_path_ends_the_server(start, path):
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 5, 1, headers_of(path)))
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 await reader.readuntil(b"the server has no method of this name")
                 assert await check(channel) == Serving.SERVING
         finally:
@@ -212,7 +215,7 @@ async def test_whoever_asks_for_the_next_picture_while_the_server_stops_is_told_
     """gRPC itself would end a call after the stop as CANCELLED, without a reason."""
     monkeypatch.setattr(call_limits, "QUIET_S", 600.0)
     monkeypatch.setattr(call_limits, "QUIET_PARTS", 60_000)
-    monkeypatch.setattr(composition, "LAST_WORDS_S", 60.0)
+    monkeypatch.setattr(listening, "LAST_WORDS_S", 60.0)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         call = stub.Generate(request())
@@ -228,7 +231,7 @@ async def test_whoever_asks_for_the_next_picture_while_the_server_stops_is_told_
 
 async def test_a_server_that_nobody_asks_stops_without_a_wait(start, monkeypatch):
     monkeypatch.setattr(call_limits, "QUIET_S", 600.0)
-    monkeypatch.setattr(composition, "LAST_WORDS_S", 60.0)
+    monkeypatch.setattr(listening, "LAST_WORDS_S", 60.0)
     async with start(**SIMULATED) as running, asyncio.timeout(30):
         await running.drain(3600.0)
 
@@ -267,7 +270,7 @@ async def test_a_call_that_is_given_up_within_the_server_ends_with_a_reason(star
     monkeypatch.setattr(Generations, "find", given_up)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await get_generation(channel, timeout_s=3.0)  # grpc would let it wait without a limit
+            await get_generation(channel, timeout_s=15.0)  # grpc would let it wait without a limit
         assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert details(caught.value)["ErrorInfo"].reason == "INTERNAL"
         assert not running.limits.num_open

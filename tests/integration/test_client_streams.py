@@ -68,7 +68,7 @@ async def test_a_program_without_asyncio(simulated):
         with SyncClient(simulated.address) as client:
             assert client.generate("x", seed=1, steps=2).image().size == (128, 128)
             assert [model.name for model in client.models()] == ["models/simulated"]
-            events = list(client.generate("x", seed=2, steps=5))
+            events = list(client.generate("x", seed=2, steps=100))
             assert isinstance(events[0], Accepted) and isinstance(events[-1], Finished)
             assert any(isinstance(event, Preview) for event in events)
             assert [type(event) for event in client.watch(events[0].generation)][-1] is Finished

@@ -12,15 +12,14 @@ import pytest_asyncio
 from PIL import Image
 from safelight import Client, Control, GenerationError
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
 from safelight_server.cli.main import main
 
 from tests.conftest import eventually, serving_here
-from tests.integration.test_generate import collect, pixels, reason_of
+from tests.integration.test_generate import all_at_once, collect, pixels, reason_of
 from tests.integration.test_images import NONE, development, name_of, png, upload
 from tests.integration.test_requests import details, fields
-from tests.support.controls import CONTROLS, NAME, models_with_controls
+from tests.support.conditions import CONTROLS, NAME, models_with_conditions, serving_conditions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LIGHT, DARK = (png(Image.new("RGB", (30, 20), colour)) for colour in ("white", (60, 50, 40)))
@@ -29,16 +28,13 @@ DISPOSITIONS = pb.CacheResult
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models_with_controls(tmp_path_factory.mktemp("controls"))
+    return models_with_conditions(tmp_path_factory.mktemp("controls"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(models):
-    async with (
-        serving_here(models_dir=models, num_instances=1) as running,
-        grpc.aio.insecure_channel(running.address) as channel,
-    ):
-        yield running, channel, stubs.GenerationServiceStub(channel)
+    async with serving_conditions(models) as served:
+        yield served
 
 
 def controlled(seed: int, *controls: pb.Control, cached: bool = False) -> pb.GenerateRequest:
@@ -50,7 +46,7 @@ def controlled(seed: int, *controls: pb.Control, cached: bool = False) -> pb.Gen
 
 
 async def test_rows_with_and_without_controls_are_in_a_batch_what_they_are_alone(server):
-    _, channel, stub = server
+    running, channel, stub = server
     light, dark = [(await upload(channel, data)).name for data in (LIGHT, DARK)]
     kinds = [
         (),
@@ -63,7 +59,7 @@ async def test_rows_with_and_without_controls_are_in_a_batch_what_they_are_alone
     ]
     messages = [controlled(1, *kind) for kind in kinds]
     messages[3].spec.guidance_scale = 1.0
-    together = await asyncio.gather(*(collect(stub.Generate(message)) for message in messages))
+    together = await all_at_once(running, stub, messages)
     assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
     for message, events in zip(messages, together, strict=True):
         assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))
@@ -71,10 +67,11 @@ async def test_rows_with_and_without_controls_are_in_a_batch_what_they_are_alone
 
 
 async def test_a_scale_of_0_is_no_control_and_the_order_makes_no_difference(server):
-    _, channel, stub = server
+    running, channel, stub = server
     light, dark = [(await upload(channel, data)).name for data in (LIGHT, DARK)]
     edges, depth = pb.Control(name="edges", image=light, scale=0.5), pb.Control(name="depth", image=dark)
     one = await collect(stub.Generate(controlled(3, edges, depth, cached=True)))
+    await eventually(lambda: not (running.inspect().live or running.inspect().keeping))
     other = await collect(stub.Generate(controlled(3, depth, edges, cached=True)))
     assert list(one[0].accepted.spec.controls) == [pb.Control(name="depth", image=dark, scale=1.0), edges]
     assert other[0].accepted.spec == one[0].accepted.spec

@@ -13,6 +13,7 @@ from safelight_server.files import ConfigFileError
 from typer.testing import CliRunner
 
 from tests.conftest import serving_here
+from tests.integration.test_cache import kept
 from tests.support.http import GENERATIONS, body, client, http_server
 
 SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 3.0}
@@ -37,6 +38,7 @@ async def test_a_generation_costs_its_compute_and_what_the_cache_serves_costs_no
         compute_s = usage.compute_time.ToNanoseconds() / 1e9
         assert usage.cost.currency_code == "EUR"
         assert usage.cost.nanos == pytest.approx(compute_s * NANOS_PER_S, abs=2) and compute_s > 0
+        await kept(running)
         assert (await finished(client)).usage.cost == pb.Cost(currency_code="EUR", nanos=0)
 
 

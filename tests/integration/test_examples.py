@@ -35,15 +35,15 @@ async def test_previews_are_arrays_and_come_closer_to_the_picture(address, tmp_p
     said = await run(tmp_path, example("previews_to_numpy.py"), address)
     shapes = re.findall(r"^(step \d+|picture): \((\d+), (\d+), 4\)", said, re.MULTILINE)
     assert len(shapes) > 2
-    assert shapes[0][0] == "step 1"
+    assert shapes[0][0].startswith("step ")
     assert shapes[-1] == ("picture", "128", "128")
 
 
 async def test_a_cut_connection_is_resumed_from_its_step(address, tmp_path):
     said = await run(tmp_path, example("resume.py"), address)
-    assert "cut after step 5" in said
+    [cut] = re.findall(r"cut after step (\d+)", said)
     [step] = re.findall(r"goes on with step (\d+)", said)
-    assert int(step) >= 5, "it did not begin again"
+    assert int(step) >= int(cut) >= 5, "it did not begin again"
     [size] = re.findall(r"a picture of (\d+) bytes", said)
     assert int(size) > 0
 

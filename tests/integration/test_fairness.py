@@ -43,7 +43,7 @@ async def test_whose_slot_is_taken_goes_on_with_the_same_pixels(start):
         grpc.aio.insecure_channel(running.address) as channel,
     ):
         stub = stubs.GenerationServiceStub(channel)
-        long = request(40, [1, 2, 3, 4], BATCH)
+        long = request(50, [1, 2, 3, 4], BATCH)
         alone = await pictures(stub.Generate(long))
         scheduler = running.generations._engine.scheduler
         beside = asyncio.create_task(pictures(stub.Generate(long)))

@@ -13,7 +13,7 @@ import pytest
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
-from safelight_server.app.server import StartError
+from safelight_server.app.errors import StartError
 from safelight_server.http import calls as http_calls
 from safelight_server.http import server as http_listener
 from safelight_server.http.images import ImageAnswer
@@ -30,6 +30,7 @@ from tests.support.http import (
     raw_connection,
     server_sent,
 )
+from tests.support.pause import steps_paused
 
 PNG, JPEG = b"\x89PNG", b"\xff\xd8"
 
@@ -71,7 +72,7 @@ async def test_a_picture_is_the_one_that_grpc_gives(server):
 
 
 async def test_a_stream_has_the_first_step_and_later_ones_and_the_picture(server):
-    asked = body(stream=True, partial_images=3, num_inference_steps=30, output_format="jpeg", seed=7)
+    asked = body(stream=True, partial_images=3, num_inference_steps=200, output_format="jpeg", seed=7)
     async with client(server) as http:
         response = await http.post(GENERATIONS, json=asked)
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -206,7 +207,7 @@ async def test_every_refusal_is_json(server, method, path, options, status):
 
 
 async def test_a_body_without_a_length_is_bounded_too(server, monkeypatch):
-    monkeypatch.setattr(http_calls, "BODY_S", 1.0)  # otherwise a failing test would take long
+    monkeypatch.setattr(http_calls, "BODY_S", 5.0)  # otherwise a failing test would take long
     async with raw_connection(server) as (reader, writer):
         head = post(server, {}).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
         writer.write(head + b"20000\r\n" + b"x" * 0x20000)
@@ -338,7 +339,7 @@ def large_previews(monkeypatch):
 
 async def test_one_that_does_not_read_gets_newer_previews_and_no_backlog(server, large_previews):
     """No second preview is made while it has not read the first."""
-    asked = body(num_inference_steps=60, stream=True, partial_images=3, seed=1)
+    asked = body(num_inference_steps=300, stream=True, partial_images=3, seed=1)
     async with raw_connection(server, receive_bytes=8192) as (reader, writer):
         writer.write(post(server, asked))
         await eventually(lambda: bool(server.inspect().live))
@@ -363,7 +364,7 @@ async def test_one_that_never_reads_is_closed_and_cancels(large_previews):
         assert generation.error.reason == "GENERATION_CANCELLED"
         await eventually(lambda: len(running.streams) == 0)
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 await reader.readexactly(10_000_000)  # more than is sent
 
 
@@ -383,9 +384,10 @@ async def test_headers_that_do_not_come_close_the_connection(monkeypatch):
             dripping = asyncio.create_task(drip())
             for one in (silent, reader):
                 with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                    async with asyncio.timeout(5):
+                    async with asyncio.timeout(15):
                         await one.readexactly(1)
             dripping.cancel()
+        monkeypatch.setattr(http_listener, "HEAD_S", 30.0)
         async with client(running) as http:
             assert (await http.post(GENERATIONS, json=body())).status_code == 200
 
@@ -394,7 +396,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(http_calls, "BODY_S", 0.1)
     async with http_server() as running, raw_connection(running) as (reader, writer):
         writer.write(post(running, body())[:-1])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             assert b" 408 " in await reader.readline()
             await reader.read()  # until it is closed
         assert len(running.streams) == 0
@@ -425,16 +427,16 @@ async def test_what_is_no_http_is_refused(server):
 async def test_a_drain_delivers_what_runs_and_refuses_what_comes(server):
     async with client(server) as http, client(server) as other:
         await other.get("/healthz")  # its connection is there before
-        asked = [
-            asyncio.create_task(http.post(GENERATIONS, json=body(num_inference_steps=300, stream=s, seed=int(s))))
-            for s in (False, True)
-        ]
-        await eventually(lambda: server.inspect().live == 2)
-        drained = server.drain(20.0)
-        assert (await other.get("/healthz")).status_code == 503
-        response = await other.post(GENERATIONS, json=body())
-        assert (response.status_code, error_of(response)["code"]) == (503, "DRAINING")
-        assert response.headers["x-should-retry"] == "true"
+        with steps_paused(server):
+            asked = [
+                asyncio.create_task(http.post(GENERATIONS, json=body(stream=s, seed=int(s)))) for s in (False, True)
+            ]
+            await eventually(lambda: server.inspect().live == 2)
+            drained = server.drain(40.0)
+            assert (await other.get("/healthz")).status_code == 503
+            response = await other.post(GENERATIONS, json=body())
+            assert (response.status_code, error_of(response)["code"]) == (503, "DRAINING")
+            assert response.headers["x-should-retry"] == "true"
         plain, streamed = await asyncio.gather(*asked)
         assert plain.json()["data"]
         assert server_sent(streamed.text)[-1][0] == "image_generation.completed"

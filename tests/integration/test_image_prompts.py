@@ -12,17 +12,16 @@ import pytest_asyncio
 from PIL import Image
 from safelight import Client, GenerationError
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
 from safelight_server.cli.main import main
 from safelight_server.domain.component import Component
 from safelight_server.runtime.onnx import OnnxRuntime
 
 from tests.conftest import eventually, serving_here
-from tests.integration.test_generate import collect, pixels, reason_of
+from tests.integration.test_generate import all_at_once, collect, pixels, reason_of
 from tests.integration.test_images import NONE, PHOTO, development, name_of, png, upload
 from tests.integration.test_requests import details, fields
-from tests.support.image_prompts import NAME, models_with_image_prompts
+from tests.support.conditions import NAME, models_with_conditions, serving_conditions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 RED, DARK = (png(Image.new("RGB", (30, 20), colour)) for colour in ("red", (20, 10, 0)))
@@ -30,16 +29,13 @@ RED, DARK = (png(Image.new("RGB", (30, 20), colour)) for colour in ("red", (20, 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models_with_image_prompts(tmp_path_factory.mktemp("image_prompts"))
+    return models_with_conditions(tmp_path_factory.mktemp("image_prompts"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(models):
-    async with (
-        serving_here(models_dir=models, num_instances=1) as running,
-        grpc.aio.insecure_channel(running.address) as channel,
-    ):
-        yield running, channel, stubs.GenerationServiceStub(channel)
+    async with serving_conditions(models) as served:
+        yield served
 
 
 @pytest.fixture
@@ -66,11 +62,11 @@ def prompted(seed: int, image: str = "", scale: float | None = None, *, cached: 
 
 
 async def test_rows_with_and_without_an_image_prompt_are_in_a_batch_what_they_are_alone(server):
-    _, channel, stub = server
+    running, channel, stub = server
     red, dark = [(await upload(channel, data)).name for data in (RED, DARK)]
     messages = [prompted(1), prompted(1, red), prompted(1, red, 0.5), prompted(1, dark), prompted(2), prompted(2, red)]
     messages[5].spec.guidance_scale = 1.0
-    together = await asyncio.gather(*(collect(stub.Generate(message)) for message in messages))
+    together = await all_at_once(running, stub, messages)
     assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
     for message, events in zip(messages, together, strict=True):
         assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))

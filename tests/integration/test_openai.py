@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.conftest import eventually
+from tests.integration.test_cache import kept
 from tests.integration.test_edits import CLEAR
 from tests.integration.test_images import PHOTO
 from tests.support.http import http_server, simulate_adapters
@@ -55,7 +56,7 @@ async def test_pictures(client):
 
 async def test_a_stream(client):
     stream = await client.images.generate(
-        prompt="a red potion", model="simulated", stream=True, partial_images=2, extra_body={"num_inference_steps": 40}
+        prompt="a red potion", model="simulated", stream=True, partial_images=2, extra_body={"num_inference_steps": 200}
     )
     events = [event async for event in stream]
     *partial, completed = events
@@ -96,8 +97,9 @@ def adapted(tmp_path, monkeypatch):
     simulate_adapters(monkeypatch, tmp_path, "pixel", "ink")
 
 
-async def test_adapters(adapted, client):
+async def test_adapters(adapted, client, server):
     async def drawn(**adapters):
+        await kept(server)
         more = {"adapters": adapters, "num_inference_steps": 4, "seed": 7}
         return (await client.images.generate(prompt="a red potion", extra_body=more)).safelight
 
@@ -121,7 +123,7 @@ async def test_adapters(adapted, client):
 
 async def test_a_stream_of_an_edit(client):
     stream = await client.images.edit(
-        image=PHOTO, prompt="x", stream=True, partial_images=2, n=2, extra_body={"num_inference_steps": 40}
+        image=PHOTO, prompt="x", stream=True, partial_images=2, n=2, extra_body={"num_inference_steps": 200}
     )
     events = [event async for event in stream]
     kinds = [event.type for event in events]

@@ -19,6 +19,7 @@ from tests.conftest import eventually, serving_here
 from tests.integration.test_generate import collect, pixels, reason_of, request
 from tests.integration.test_images import PHOTO, SIMULATED, development, upload
 from tests.integration.test_requests import details, fields
+from tests.support.pause import steps_paused
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 RAW, TEXTURE = "application/x-raw-rgba8", "image/ktx2"
@@ -109,10 +110,11 @@ async def test_the_same_request_id_attaches_after_the_output_has_gone(server):
 
 
 async def test_an_output_that_is_not_finished_is_named(server):
-    _, _, stub = server
-    running = stub.Generate(request(9, steps=900))
-    name = (await running.read()).event.generation
-    refused = await refusal(stub.Generate(development(10, init_image=f"{name}/outputs/0")))
+    running, _, stub = server
+    with steps_paused(running):
+        call = stub.Generate(request(9, steps=900))
+        name = (await call.read()).event.generation
+        refused = await refusal(stub.Generate(development(10, init_image=f"{name}/outputs/0")))
     assert (refused.code(), reason_of(refused)) == (grpc.StatusCode.FAILED_PRECONDITION, "OUTPUT_NOT_FINISHED")
     assert f"{name}/outputs/0 is not finished" in refused.details()
     await stub.CancelGeneration(pb.CancelGenerationRequest(name=name))

@@ -6,7 +6,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safelight.v1 import models_pb2, models_pb2_grpc
-from safelight_server.app.server import StartError
+from safelight_server.app.errors import StartError
 from safelight_server.settings import SettingsError, load
 
 from load_tests.ports import free_port

@@ -20,6 +20,7 @@ from safelight_server.domain.picture import EncodedPicture
 from safelight_server.runtime.base import RuntimeFailure
 
 from tests.conftest import eventually
+from tests.support.pause import steps_paused
 from tests.support.relay import Relay
 
 GENERATE = "/safelight.v1.GenerationService/Generate"
@@ -154,9 +155,10 @@ async def test_a_full_queue_names_its_bound_and_the_time_to_come_back(start):
     limits = {"max_running_outputs": 1, "max_waiting_per_caller": 2}
     async with start(**SIMULATED, **limits) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
-        calls = [stub.Generate(request(num_inference_steps=500)) for _ in range(3)]
-        await eventually(lambda: running.inspect().live == 3)
-        code, found = await refusal(stub.Generate(request()))
+        with steps_paused(running):
+            calls = [stub.Generate(request(num_inference_steps=500)) for _ in range(3)]
+            await eventually(lambda: running.inspect().live == 3)
+            code, found = await refusal(stub.Generate(request()))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert found["ErrorInfo"].reason == "QUEUE_FULL"
         assert found["ErrorInfo"].metadata["bound"] == "caller"
@@ -300,7 +302,7 @@ async def test_a_finished_picture_is_kept_once(server):
 async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and_not_cancelled(server):
     running, channel = server
     stub = stubs.GenerationServiceStub(channel)
-    calls = [stub.Generate(request(num_inference_steps=200), timeout=2.0) for _ in range(8)]
+    calls = [stub.Generate(request(num_inference_steps=500), timeout=4.0) for _ in range(8)]
     names = [(await call.read()).event.generation for call in calls]
     for call in calls:
         call.cancel()

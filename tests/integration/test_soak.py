@@ -172,7 +172,7 @@ async def test_nothing_is_left_of_two_hundred_rude_clients(start, capfd):
         assert codes <= EXPECTED, "no bug, whatever they do"
         assert len(codes) > 4, "they do many things"
         await connections.aclose()
-        await eventually(lambda: not running.inspect().live)
+        await eventually(lambda: not running.inspect().live, 60)
         await eventually(lambda: len(running.streams) == 0)
         await eventually(lambda: _tasks() == quiet)
         _nothing_is_left(running)

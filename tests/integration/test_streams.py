@@ -140,7 +140,7 @@ async def test_one_that_reads_slowly_gets_newer_previews_and_slows_nobody(simula
             async for response in slow_stub.Generate(long_request(300)):
                 slow_events.append(response.event)
                 if response.event.WhichOneof("event") == "preview":
-                    await asyncio.sleep(0.03)
+                    await asyncio.sleep(0.1)
 
         reading = asyncio.create_task(read_slowly())
         await eventually(lambda: bool(slow_events))
@@ -175,7 +175,7 @@ async def test_one_that_vanishes_leaves_the_others_alone(simulated):
 
 async def test_three_on_one_generation_share_what_is_rendered(simulated):
     """With two watchers of the same encoding and one of another, a step is decoded once and encoded twice."""
-    steps = 60
+    steps = 300
     async with channel(simulated) as connection:
         stub = stubs.GenerationServiceStub(connection)
         call = stub.Generate(long_request(steps))

@@ -36,7 +36,7 @@ def request(steps: int = 1, outputs: int = 1, **what) -> pb.GenerateRequest:
 async def test_generations_that_one_tenant_leaves_never_end_those_of_another(start, keys):
     file, polite, rude = keys
     async with (
-        start(**SIMULATED, api_key_file=file, max_lost=3) as running,
+        start(**SIMULATED | {"simulated_base_ms": 20.0}, api_key_file=file, max_lost=3) as running,
         grpc.aio.insecure_channel(running.address) as channel,
     ):
         stub, suspended = stubs.GenerationServiceStub(channel), running.generations._suspended

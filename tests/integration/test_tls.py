@@ -79,7 +79,7 @@ async def test_http_asks_for_certificates_too(mutual, pair):
     running, own = mutual
 
     async def answers(context: ssl.SSLContext) -> bool:
-        async with httpx2.AsyncClient(verify=context, trust_env=False) as http:
+        async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=30) as http:
             try:
                 url = f"https://{running.http_address}/v1/models"
                 return (await http.get(url, extensions={"sni_hostname": NAME})).status_code == 200
@@ -113,7 +113,7 @@ async def test_http_has_the_same_certificate(start, pair):
     address, trusting = f"127.0.0.1:{free_port()}", ssl.create_default_context(cafile=pair[0])
     tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "http_port": int(address.rpartition(":")[2])}
     async with start(runtime="simulated", simulated_base_ms=1.0, **tls):
-        async with httpx2.AsyncClient(verify=trusting, trust_env=False) as http:
+        async with httpx2.AsyncClient(verify=trusting, trust_env=False, timeout=30) as http:
             at = {"sni_hostname": NAME}
             response = await http.get(f"https://{address}/v1/models", extensions=at)
             assert (response.status_code, response.json()["object"]) == (200, "list")
@@ -122,7 +122,7 @@ async def test_http_has_the_same_certificate(start, pair):
             assert server_sent(response.text)[-1][0] == "image_generation.completed"
             with pytest.raises(httpx2.TransportError):
                 await http.get(f"http://{address}/v1/models")
-        async with httpx2.AsyncClient(trust_env=False) as http:
+        async with httpx2.AsyncClient(trust_env=False, timeout=30) as http:
             with pytest.raises(httpx2.ConnectError):
                 await http.get(f"https://{address}/v1/models")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Awaitable
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
 from safelight_server.app import server
+from safelight_server.app.server import Running
 from safelight_server.domain.component import Component
 from safelight_server.runtime.base import RuntimeFailure
 from safelight_server.runtime.simulated import SimulatedRuntime
@@ -23,8 +25,11 @@ from safelight_server.telemetry import Tracing
 
 from tests.conftest import eventually
 from tests.support.http import GENERATIONS, body, client, http_server
+from tests.support.pause import steps_paused
 from tests.support.spans import GENERATE, UNSAMPLED, WATCH, Spans, follow, from_sdk, traceparent
 
+COVERED = 0.9
+"""Share of a stream's time that the spans without children cover at least."""
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 2.0, "simulated_row_ms": 0.1, "num_instances": 1}
 
 
@@ -34,6 +39,14 @@ def request(seed: int = 7, steps: int = 4, **changes: object) -> pb.GenerateRequ
     spec = pb.GenerationSpec(prompt="a red potion", outputs=outputs, num_inference_steps=steps)
     preview = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
     return pb.GenerateRequest(spec=spec, preview=preview, **changes)
+
+
+async def together(running: Running, calls: Awaitable[object], count: int) -> None:
+    """Awaits calls whose generations make no step before all of them have been accepted."""
+    with steps_paused(running):
+        made = asyncio.ensure_future(calls)
+        await eventually(lambda: running.inspect().live == count)
+    await made
 
 
 class Recorder:
@@ -84,14 +97,20 @@ def recorder(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
 
 
 async def test_one_trace_holds_all_stages_under_their_parents(start, recorder) -> None:
-    trace_id = secrets.token_hex(16)
-    message = request(steps=16)  # enough that a preview is decoded between two of them on any machine
-    message.preview.CopyFrom(pb.PreviewPolicy(method=pb.PREVIEW_METHOD_TINY_DECODER))
+    trace_ids = []
     async with start(num_instances=1) as running, grpc.aio.insecure_channel(running.address) as channel:
-        [events] = await follow(stubs.GenerationServiceStub(channel), [message], [trace_id])
-        spans = await recorder.settle()
+        for seed in range(5):  # a busy machine may take the processor away between two spans
+            trace_ids.append(trace_id := secrets.token_hex(16))
+            message = request(seed, steps=16)  # enough that a preview is decoded between two of them on any machine
+            message.preview.CopyFrom(pb.PreviewPolicy(method=pb.PREVIEW_METHOD_TINY_DECODER))
+            [events] = await follow(stubs.GenerationServiceStub(channel), [message], [trace_id])
+            recorded = await recorder.settle()
+            spans = recorded.of(trace_id)
+            if (share := spans.coverage(spans.one(GENERATE))) >= COVERED:
+                break
+    assert share >= COVERED
     assert events[0].accepted.trace_id == trace_id
-    assert {span.trace_id for span in spans.all} == {trace_id}
+    assert {span.trace_id for span in recorded.all} == set(trace_ids)
     paths = {spans.path(span) for span in spans.all}
     output, denoise = f"{GENERATE} > output", f"{GENERATE} > output > denoise"
     assert paths == {
@@ -110,13 +129,13 @@ async def test_one_trace_holds_all_stages_under_their_parents(start, recorder) -
     assert spans.one("output").attributes["safelight.finish_reason"] == "completed"
     assert {span.attributes["safelight.batch.rows"] for span in spans.named("batch")} == {1, 2}
     assert not [span for span in spans.all if span.error]
-    assert spans.coverage(root) >= 0.9
 
 
 async def test_those_who_share_a_batch_are_linked_with_it_both_ways(start, recorder) -> None:
     trace_ids = [secrets.token_hex(16) for _ in range(3)]
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
-        await follow(stubs.GenerationServiceStub(channel), [request(n, 20) for n in range(3)], trace_ids)
+        requests = [request(n, 20) for n in range(3)]
+        await together(running, follow(stubs.GenerationServiceStub(channel), requests, trace_ids), 3)
         spans = await recorder.settle()
     shared = [batch for batch in spans.named("batch") if batch.attributes["safelight.batch.outputs"] == 3]
     assert shared
@@ -134,7 +153,8 @@ async def test_those_who_share_a_batch_are_linked_with_it_both_ways(start, recor
 async def test_an_output_that_others_want_too_is_in_every_trace(start, recorder) -> None:
     trace_ids = [secrets.token_hex(16) for _ in range(2)]
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
-        await follow(stubs.GenerationServiceStub(channel), [request(7, 20), request(7, 20)], trace_ids)
+        requests = [request(7, 20), request(7, 20)]
+        await together(running, follow(stubs.GenerationServiceStub(channel), requests, trace_ids), 2)
         spans = await recorder.settle()
     dispositions = {spans.of(at).one("output").attributes["safelight.disposition"] for at in trace_ids}
     assert dispositions == {"miss", "coalesced"}
@@ -186,10 +206,8 @@ async def test_a_traced_generation_beside_others_that_are_not(start, recorder) -
     trace_id = secrets.token_hex(16)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
-        await asyncio.gather(
-            follow(stub, [request(n, 20) for n in range(3)], [secrets.token_hex(16) for _ in range(3)], UNSAMPLED),
-            follow(stub, [request(9, 20)], [trace_id]),
-        )
+        others = [request(n, 20) for n in range(3)], [secrets.token_hex(16) for _ in range(3)], UNSAMPLED
+        await together(running, asyncio.gather(follow(stub, *others), follow(stub, [request(9, 20)], [trace_id])), 4)
         spans = await recorder.settle()
     assert {span.trace_id for span in spans.all} == {trace_id}
     assert max(span.attributes["safelight.batch.outputs"] for span in spans.named("batch")) == 4
@@ -219,7 +237,7 @@ async def test_a_cancelled_generation_is_no_error(start, recorder) -> None:
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError):
-            async for response in stub.Generate(request(steps=50), metadata=traceparent(secrets.token_hex(16))):
+            async for response in stub.Generate(request(steps=900), metadata=traceparent(secrets.token_hex(16))):
                 if response.event.progress.step >= 3:
                     await stub.CancelGeneration(pb.CancelGenerationRequest(name=response.event.generation))
         spans = await recorder.settle()
@@ -234,7 +252,7 @@ async def test_a_lost_stream_and_its_resumption(start, recorder) -> None:
     first, second = secrets.token_hex(16), secrets.token_hex(16)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
-        call = stub.Generate(request(steps=50), metadata=traceparent(first))
+        call = stub.Generate(request(steps=300), metadata=traceparent(first))
         async for response in call:
             if response.event.progress.step >= 3:
                 break
@@ -249,7 +267,7 @@ async def test_a_lost_stream_and_its_resumption(start, recorder) -> None:
     assert (root.attributes["rpc.grpc.status_code"], root.error) == (1, "")
     assert (again.attributes["rpc.grpc.status_code"], again.links) == (0, {root.span_id})
     mine = spans.of(first)
-    assert len(mine.named("step")) >= 50
+    assert len(mine.named("step")) >= 300
     assert mine.path(mine.one("suspended")) == f"{GENERATE} > output > suspended"
     assert len(mine.named("denoise")) == 2
     assert mine.one("output").attributes["safelight.finish_reason"] == "completed"
@@ -261,14 +279,14 @@ async def test_a_lost_generation_that_nobody_resumes_and_one_that_is_drained(sta
     settings = SIMULATED | {"resume_grace_s": 0.05}
     async with start(**settings) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
-        call = stub.Generate(request(steps=50), metadata=traceparent(secrets.token_hex(16)))
+        call = stub.Generate(request(steps=900), metadata=traceparent(secrets.token_hex(16)))
         async for response in call:
             if response.event.progress.step >= 3:
                 break
         call.cancel()
         await eventually(lambda: bool(recorder.spans().named("output")))
         assert recorder.spans().one("output").attributes["safelight.finish_reason"] == "cancelled"
-        call = stub.Generate(request(8, 50), metadata=traceparent(trace_id))
+        call = stub.Generate(request(8, 900), metadata=traceparent(trace_id))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for response in call:
                 if response.event.progress.step >= 3:
@@ -284,10 +302,10 @@ async def test_a_deadline_that_passes_and_a_refusal(start, recorder) -> None:
     late, refused = secrets.token_hex(16), secrets.token_hex(16)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
-        message = request(steps=50)
+        message = request(steps=500)
         message.spec.outputs.add(seed=9)
         with pytest.raises(grpc.aio.AioRpcError):
-            async for response in stub.Generate(message, timeout=5, metadata=traceparent(late)):
+            async for response in stub.Generate(message, timeout=50, metadata=traceparent(late)):
                 if response.event.HasField("accepted"):
                     for generation in list(running.generations._live.values()):
                         generation.expire()

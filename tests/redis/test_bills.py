@@ -22,6 +22,7 @@ from safelight_server.coordination.redis import BILLS
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.sealed import Entry, Sealer
 
+from tests.integration.test_cache import kept
 from tests.redis.test_ownership import servers
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
@@ -95,7 +96,9 @@ async def test_the_bills_of_a_server_are_summed_by_tenant_model_and_beginning(re
 
         async def finish(tenant: str, message: pb.GenerateRequest) -> pb.GenerationEvent:
             metadata = (("authorization", f"Bearer {made[tenant][0]}"),)
-            return (await collect(server.stub.Generate(message, metadata=metadata)))[-1]
+            events = await collect(server.stub.Generate(message, metadata=metadata))
+            await kept(server.running)
+            return events[-1]
 
         first = await finish("studio", request(1, STEPS))
         branched = request(2, STEPS, branch=pb.Branch(generation=first.generation, step=1))

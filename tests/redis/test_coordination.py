@@ -132,7 +132,7 @@ async def test_a_full_redis_commits_all_or_nothing(redis_server: RedisServer, re
 
 
 async def test_a_hung_redis_costs_a_bounded_number_of_waits(redis_server: RedisServer, replicas: Replicas) -> None:
-    coordinator = replicas(redis_server.url, timeout_s=0.2, open_s=60.0)
+    coordinator = replicas(redis_server.url, timeout_s=0.5, open_s=60.0)
     lease = await coordinator.acquire("x", "a", TTL_S)
     assert lease is not None
     redis_server.freeze()
@@ -145,7 +145,7 @@ async def test_a_hung_redis_costs_a_bounded_number_of_waits(redis_server: RedisS
 async def test_after_a_hang_the_answers_belong_to_their_questions(
     redis_server: RedisServer, replicas: Replicas
 ) -> None:
-    coordinator = replicas(redis_server.url, timeout_s=0.2)
+    coordinator = replicas(redis_server.url, timeout_s=0.5)
     leases = [await coordinator.acquire(f"x{n}", f"owner{n}", TTL_S) for n in range(20)]
     redis_server.freeze()
     await asyncio.gather(*(coordinator.holder(f"x{n}") for n in range(20)), return_exceptions=True)
@@ -243,7 +243,7 @@ async def test_a_hundred_executions_on_two_replicas_while_redis_dies(
 
 
 async def test_everything_about_a_name_is_forgotten_in_the_end(redis_server: RedisServer, replicas: Replicas) -> None:
-    coordinator = replicas(redis_server.url, memory_s=SHORT_S)
+    coordinator = replicas(redis_server.url, memory_s=1.0)
     lease = await coordinator.acquire("x", "a", SHORT_S)
     assert lease is not None
     await coordinator.publish(lease, b"1")

@@ -14,13 +14,14 @@ from safelight_server.storage.sealed import Entry, Sealer
 from safelight_server.storage.tiers import Tier, Tiers
 from structlog.testing import capture_logs
 
+from load_tests.ports import free_port
 from tests.redis.conftest import BUCKET, CREDENTIALS, make_bucket
 from tests.support.coordination import until
 from tests.support.redis_server import RedisServer
 from tests.support.relay import Relay
 from tests.support.stores import TTL_S, Numbers, key
 
-TIMEOUT_S = 0.2
+TIMEOUT_S = 0.5
 FAILURES = 3
 
 
@@ -196,10 +197,10 @@ async def test_corrupt_in_redis(
 
 
 async def test_s3_down_and_back() -> None:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    port = free_port()  # one that is still free when the server comes back
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
+    endpoint = f"http://127.0.0.1:{port}"
     make_bucket(endpoint)
     numbers = Numbers()
     memory = MemoryStore(1 << 20)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from redis.asyncio import Redis
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
@@ -20,10 +21,11 @@ from structlog.testing import capture_logs
 from tests.conftest import eventually, serving_here
 from tests.redis.test_replicas import BYPASS, DETACH, request
 from tests.support.coordination import until
+from tests.support.pause import steps_paused
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import bills, collect, key_file, picture, sequences, until_step
 
-LEASE_S = 1.0
+LEASE_S = 1.5
 STEPS = 30
 
 
@@ -45,7 +47,7 @@ def server_settings(redis_url: str, folder: Path) -> dict[str, object]:
         "simulated_base_ms": 20,
         "num_instances": 1,
         "redis_url": redis_url,
-        "redis_timeout_ms": 1000,
+        "redis_timeout_ms": 5000,
         "lease_ttl_s": LEASE_S,
         "breaker_open_s": 0.1,
         "cache_key_file": key_file(folder),
@@ -64,6 +66,14 @@ async def servers(redis_url: str, folder: Path, count: int = 2, **settings: obje
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(running.address, options))
             made.append(Server(running, channel))
         yield made
+
+
+async def suspend(server: Server, call: grpc.aio.UnaryStreamCall) -> None:
+    """Cancels a stream, and waits until its generation is suspended. It makes no step meanwhile, so it does not end."""
+    with steps_paused(server.running):
+        before = server.running.inspect().suspended
+        call.cancel()
+        await eventually(lambda: server.running.inspect().suspended > before)
 
 
 async def undisturbed(server: Server, seed: int) -> bytes:
@@ -97,8 +107,7 @@ async def test_what_shares_nothing_moves_too(redis_server: RedisServer, tmp_path
     async with servers(redis_server.url, tmp_path) as (one, other):
         call = one.stub.Generate(request(2, STEPS, cache=BYPASS))
         before = await until_step(call, 8)
-        call.cancel()
-        await eventually(lambda: bool(one.running.inspect().suspended))
+        await suspend(one, call)
         name = before[0].generation
         after = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert sequences(after) == [2, 3]
@@ -183,7 +192,7 @@ async def test_a_lost_one_is_cancelled_after_its_grace_whoever_has_it(
 async def test_redis_fails_in_mid_work_and_generations_go_on(
     redis_server: RedisServer, tmp_path: Path, fault: str
 ) -> None:
-    async with servers(redis_server.url, tmp_path, redis_timeout_ms=200) as both:
+    async with servers(redis_server.url, tmp_path, redis_timeout_ms=500 if fault == "hung" else 5000) as both:
         expected = [await undisturbed(both[0], 10 + n) for n in range(6)]
         calls = [both[n % 2].stub.Generate(request(10 + n, STEPS)) for n in range(6)]
         calls += [both[1 - n % 2].stub.Generate(request(10 + n, STEPS)) for n in range(3)]
@@ -198,7 +207,8 @@ async def test_redis_fails_in_mid_work_and_generations_go_on(
                     await asyncio.to_thread(redis_server.kill)
                     await asyncio.to_thread(redis_server.start)
                 case "full":
-                    await both[0].coordinator._redis.config_set("maxmemory", 1)
+                    async with Redis.from_url(redis_server.url) as admin:
+                        await admin.config_set("maxmemory", 1)
             streams = await asyncio.gather(*(collect(call) for call in calls))
             fresh = await collect(both[0].stub.Generate(request(20, STEPS)))
         if fault == "hung":
@@ -213,7 +223,7 @@ async def test_redis_fails_in_mid_work_and_generations_go_on(
 
 
 async def test_after_an_outage_what_was_developed_is_committed_once(redis_server: RedisServer, tmp_path: Path) -> None:
-    async with servers(redis_server.url, tmp_path, redis_timeout_ms=200) as (one, _other):
+    async with servers(redis_server.url, tmp_path, redis_timeout_ms=500) as (one, _other):
         call = one.stub.Generate(request(30, STEPS, disconnect=DETACH))
         first = await until_step(call, 4)
         redis_server.freeze()

@@ -17,7 +17,7 @@ from safelight_server.generations.ownership import CANCEL, WANT, mirrors
 
 from tests.conftest import eventually
 from tests.integration.test_generate import kinds, reason_of
-from tests.redis.test_ownership import STEPS, Server, servers
+from tests.redis.test_ownership import STEPS, Server, servers, suspend
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, sequences, until_step
@@ -27,8 +27,7 @@ async def moved(one: Server, other: Server, message: pb.GenerateRequest) -> tupl
     """Makes a generation that `one` accepted and `other` owns; returns it with the stream that made it move."""
     call = one.stub.Generate(message)
     name = (await until_step(call, 2))[0].generation
-    call.cancel()
-    await eventually(lambda: bool(one.running.inspect().suspended))
+    await suspend(one, call)
     watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
     live = other.running.generations._live
     await asyncio.gather(watching.wait_for_connection(), eventually(lambda: name.partition("/")[2] in live))
@@ -107,8 +106,7 @@ async def test_a_drained_replica_develops_nothing_that_it_has_shown_for_another(
         one.running.generations.ownership.bulletin._handlers.pop(WANT)  # so that its owner does not hand it over
         call = one.stub.Generate(request(5, 1000, cache=BYPASS))
         name = (await until_step(call, 2))[0].generation
-        call.cancel()
-        await eventually(lambda: bool(one.running.inspect().suspended))
+        await suspend(one, call)
         watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
         await until_step(watching, 6)
         await other.running.drain(0.0)

@@ -20,7 +20,7 @@ from safelight_server.generations.planner import OutputPlan
 
 from tests.conftest import eventually
 from tests.integration.test_generate import reason_of
-from tests.redis.test_ownership import STEPS, Server, servers, undisturbed
+from tests.redis.test_ownership import STEPS, Server, servers, suspend, undisturbed
 from tests.redis.test_replicas import BYPASS, DETACH, request
 from tests.support.coordination import until
 from tests.support.redis_server import RedisServer
@@ -84,8 +84,7 @@ async def test_a_stream_is_sent_to_where_it_goes_on(redis_server: RedisServer, t
         make_other(other, difference)
         call = one.stub.Generate(request(2, STEPS))
         name = (await until_step(call, 4))[0].generation
-        call.cancel()
-        await eventually(lambda: bool(one.running.inspect().suspended))
+        await suspend(one, call)
         watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(other.stub.WatchGeneration(watch))
@@ -137,8 +136,7 @@ async def test_one_with_other_numerics_goes_on_with_it_and_says_so(redis_server:
         with_other_numerics(other)
         call = one.stub.Generate(request(7, STEPS))
         name = (await until_step(call, 2))[0].generation
-        call.cancel()
-        await eventually(lambda: bool(one.running.inspect().suspended))
+        await suspend(one, call)
         shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert picture(shown)
         assert [result.numerics_id for result in shown[-1].finished.cache_results] == ["others"]
@@ -183,8 +181,7 @@ async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
         planner = other.running.generations._planner
         call = one.stub.Generate(request(5, STEPS))
         name = (await until_step(call, 4))[0].generation
-        call.cancel()
-        await eventually(lambda: bool(one.running.inspect().suspended))
+        await suspend(one, call)
         enter = planner.enter
 
         failed = list[Generation]()
@@ -198,10 +195,10 @@ async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
 
         monkeypatch.setattr(planner, "enter", fails)
         watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
-        watching = other.stub.WatchGeneration(watch)
-        await asyncio.gather(watching.wait_for_connection(), eventually(lambda: bool(failed)))
+        watching = asyncio.create_task(collect(other.stub.WatchGeneration(watch)))
+        await eventually(lambda: bool(failed))
         await eventually(lambda: not other.running.generations.ownership.owners.owns(failed[0]))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(watching)
+            await watching
         assert reason_of(caught.value) == "MOVED"
         assert sequences(await collect(one.stub.WatchGeneration(watch))) == [2, 3]

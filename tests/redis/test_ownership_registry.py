@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safelight_server.coordination.leadership import Leadership
+from safelight_server.generations.ownership import rules
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.sealed import Entry, Sealer
 
@@ -38,7 +39,11 @@ async def test_who_was_silent_while_it_was_struck_off_promises_nothing(
         assert leader is not None
         await one.coordinator.register(NAME)
         assert await one.coordinator.release(leader.lease)  # as if the owner had been silent for too long
-        await one.running.generations.ownership.mirrors._rescue(NAME)
+        mirrors = one.running.generations.ownership.mirrors
+        await mirrors._rescue(NAME)
+        assert await one.coordinator.unowned() == [NAME], "its owner may be away"
+        mirrors._unowned_since[NAME] -= rules.ABSENT_LEASES * 60.0
+        await mirrors._rescue(NAME)
         assert await one.coordinator.unowned() == []
         assert not await leader.publish(b"its record"), "else nobody would ever take it over"
         await leader.close()

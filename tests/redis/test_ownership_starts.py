@@ -17,7 +17,7 @@ from safelight_server.storage.tiers import Tiers
 
 from tests.conftest import eventually
 from tests.integration.test_generate import reason_of
-from tests.redis.test_ownership import STEPS, Server, servers
+from tests.redis.test_ownership import STEPS, Server, servers, suspend
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, picture, until_step
@@ -45,8 +45,7 @@ async def let_go(server: Server, message: pb.GenerateRequest) -> pb.WatchGenerat
     """Starts a generation and leaves it suspended; returns the request that watches it."""
     call = server.stub.Generate(message)
     name = (await until_step(call, BRANCHED_AT + 3))[0].generation
-    call.cancel()
-    await eventually(lambda: bool(server.running.inspect().suspended))
+    await suspend(server, call)
     return pb.WatchGenerationRequest(name=name, after_sequence=1)
 
 
@@ -119,6 +118,7 @@ async def test_one_near_whose_latent_is_gone_is_developed_from_noise_and_says_so
         assert (result.disposition, result.num_steps_skipped) == (R.DISPOSITION_MISS, 0)
         assert finished.usage.num_steps == STEPS
         plain = other_prompt(2)
+        await eventually(lambda: not other.running.inspect().keeping)
         [kept] = (await collect(other.stub.Generate(plain)))[-1].finished.cache_results
         assert kept.disposition == R.DISPOSITION_EXACT
         plain.cache.CopyFrom(BYPASS)

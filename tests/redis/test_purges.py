@@ -12,7 +12,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.storage.sealed import parse_header
 
 from tests.conftest import eventually
-from tests.redis.test_ownership import Server, servers
+from tests.redis.test_ownership import Server, servers, suspend
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, picture, until_step
@@ -76,8 +76,7 @@ async def test_nothing_is_left_of_what_was_finished_suspended_and_branched(
         for message in (await branched(one), request(2, 31)):
             call = one.stub.Generate(message)
             events = await until_step(call, 5)
-            call.cancel()
-        await eventually(lambda: one.running.inspect().suspended == 2)
+            await suspend(one, call)
         assert {"artifact", "checkpoint", "picture", "start"} <= set(await kept_s(one))
         what = {"tenant": "default", "model_revision": revision(events)}[by]
         assert not (await purge(one, **{by: what})).failed_tiers
@@ -102,8 +101,7 @@ async def test_what_an_output_begins_from_goes_with_its_record(redis_server: Red
         assert "start" not in await kept_s(one)
         call = one.stub.Generate(message)
         name = (await until_step(call, 5))[0].generation
-        call.cancel()
-        await eventually(lambda: bool(one.running.inspect().suspended))
+        await suspend(one, call)
         assert "start" in await kept_s(one), "another replica goes on from it"
         await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name)))
         assert "start" not in await kept_s(other)

@@ -10,11 +10,13 @@ from unittest.mock import AsyncMock
 
 import pytest
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.coordination.base import Coordinator, Lease
 from safelight_server.domain.errors import InternalError, NotFoundError, UnavailableError
 from safelight_server.domain.events import GenerationState
 from safelight_server.domain.request import CacheMode, CachePolicy, DisconnectPolicy, Request
 from safelight_server.generations.ownership import CANCEL
 from safelight_server.scheduler import Priority
+from safelight_server.storage.base import StoreUnavailableError
 
 from tests.simulation.client import Client
 from tests.simulation.replica import NO_PREVIEWS, RAW, TTL_S, Replica
@@ -294,7 +296,7 @@ def test_a_replica_does_not_take_over_from_itself() -> None:
 
 
 def test_a_request_whose_generation_was_never_written_may_be_sent_again() -> None:
-    """It was found by its request id, and has been settled since without a trace."""
+    """It was found by its request id, and has been refused since without a trace."""
 
     async def play(fleet: Fleet) -> None:
         (one,) = fleet_of(fleet, 1)
@@ -304,5 +306,151 @@ def test_a_request_whose_generation_was_never_written_may_be_sent_again() -> Non
         call = generate(one, request())
         await until(lambda: call.over)
         assert isinstance(call.error, UnavailableError), call.error
+
+    played(play)
+
+
+def coordinator_of(replica: Replica) -> Coordinator:
+    ownership = replica.generations.ownership
+    assert ownership is not None
+    return ownership.owners._context.coordinator
+
+
+def test_a_record_that_comes_seconds_late_brings_no_second_end() -> None:
+    """Its write was given up, and is done when the generation has ended and the service has not heard of the release."""
+
+    async def play(fleet: Fleet) -> None:
+        one, other = fleet_of(fleet)
+        coordinator = coordinator_of(one)
+        publish, release = coordinator.publish, coordinator.release
+        late: list[tuple[Lease, bytes]] = []
+
+        async def not_now(lease: Lease, data: bytes) -> str:
+            coordinator.publish = publish  # type: ignore[method-assign]
+            late.append((lease, data))
+            raise StoreUnavailableError("no answer in time")
+
+        async def never(lease: Lease) -> bool:
+            if lease == late[0][0]:
+                raise StoreUnavailableError("no answer in time")
+            return await release(lease)
+
+        coordinator.publish, coordinator.release = not_now, never  # type: ignore[method-assign]
+        asked = replace(request(), cache=CachePolicy(CacheMode.DEFAULT))
+        client = Client(CALLER, asked, None, fleet.replicas, fleet.ledger, random.Random(1))
+        await client.call(one, 30.0)
+        assert client.ended and not client.durable
+        name = client.name
+        await asyncio.sleep(2 * TTL_S)
+        await fleet.service.publish(*late[0])
+        for replica in (other, one):
+            await client.ask_again(replica, 30.0)
+            assert client.ended and client.name == name
+
+    played(play)
+
+
+def test_who_slept_before_its_record_was_answered_shows_no_end_of_its_own() -> None:
+    """Another replica has adopted the generation meanwhile, and ended it."""
+
+    async def play(fleet: Fleet) -> None:
+        one, other = fleet_of(fleet)
+        coordinator = coordinator_of(one)
+        publish = coordinator.publish
+
+        async def deaf(lease: Lease, data: bytes) -> str:
+            await publish(lease, data)
+            raise StoreUnavailableError("no answer in time")
+
+        coordinator.publish = deaf  # type: ignore[method-assign]
+        client = Client(CALLER, request(20), None, fleet.replicas, fleet.ledger, random.Random(1))
+        running = asyncio.ensure_future(client.call(one, 30.0))
+        await until(lambda: client.name)
+        assert not client.durable
+        fleet.loop.freeze(one.host)
+        running.cancel()
+        coordinator.publish = publish  # type: ignore[method-assign]
+        await client.ask_again(other, 30.0)
+        assert client.ended
+        fleet.loop.thaw(one.host)
+        await asyncio.sleep(TTL_S)
+        await client.ask_again(one, 30.0)
+        assert client.ended
+
+    played(play)
+
+
+def test_who_slept_during_a_write_shows_nothing_before_the_next_one() -> None:
+    """The write failed when it woke, which says nothing of the service: another replica has ended the generation."""
+
+    async def play(fleet: Fleet) -> None:
+        fleet.step_s = 0.05
+        one, other = fleet.start("a"), fleet.start("b")
+        fleet.replicas += [one, other]
+        asked = request(20, detach=False)
+        call = generate(one, asked)
+        await until(lambda: len(call.events) > 18)
+        fleet.network.cut.add(one.host.name)
+        call.task.cancel()
+        await asyncio.sleep(0.1)
+        watching = watch(one, call.name, 1)
+        coordinator, writing = coordinator_of(one), asyncio.Event()
+        publish = coordinator.publish
+
+        async def seen(lease: Lease, data: bytes) -> str:
+            writing.set()
+            return await publish(lease, data)
+
+        coordinator.publish = seen  # type: ignore[method-assign]
+        await writing.wait()
+        fleet.loop.freeze(one.host)
+        await asyncio.sleep(2 * TTL_S)
+        fleet.network.cut.clear()
+        ended = watch(other, call.name)
+        await until(lambda: ended.over)
+        assert ended.kinds() == ["accepted", "output_finished", "finished"]
+        fleet.loop.thaw(one.host)
+        await until(lambda: watching.over)
+        assert watching.kinds() == []
+        assert isinstance(watching.error, UnavailableError) and watching.error.reason == "MOVED"
+
+    played(play)
+
+
+def test_a_drained_replica_hands_over_nothing_that_others_may_not_find() -> None:
+    """The write of its record is not answered; its client gets all that it needs to ask another."""
+
+    async def play(fleet: Fleet) -> None:
+        one, _ = fleet_of(fleet)
+        coordinator_of(one).publish = AsyncMock(side_effect=StoreUnavailableError("out"))  # type: ignore[method-assign]
+        call = generate(one, request(200))
+        await until(lambda: call.events)
+        await one.stop(1.0)
+        assert isinstance(call.error, UnavailableError) and call.error.reason == "DRAINING"
+        assert call.error.metadata["seeds"] == "1"
+
+    played(play)
+
+
+def test_what_has_no_record_yet_is_left_to_its_owner_that_is_away() -> None:
+    """It is registered, and its owner is cut off for longer than its lease: nobody else could do anything with it."""
+
+    async def play(fleet: Fleet) -> None:
+        one, _ = fleet_of(fleet)
+
+        async def cut_off(_lease: Lease, _data: bytes) -> str:
+            coordinator.publish = publish  # type: ignore[method-assign]
+            fleet.network.cut.add(one.host.name)
+            raise StoreUnavailableError("no answer in time")
+
+        coordinator = coordinator_of(one)
+        publish = coordinator.publish
+        coordinator.publish = cut_off  # type: ignore[method-assign]
+        call = generate(one, request(20))
+        await until(lambda: call.events)
+        await asyncio.sleep(2.5 * TTL_S)
+        fleet.network.cut.clear()
+        await until(lambda: call.over)
+        assert call.kinds() == ["accepted", "output_finished", "finished"] and call.error is None
 
     played(play)

@@ -88,7 +88,7 @@ def _wait_ready(made: Jaeger, process: subprocess.Popen[bytes], log: Any) -> Non
         try:
             made.services()
             return
-        except (urllib.error.URLError, ConnectionError):
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
             if process.poll() is not None or time.monotonic() > until:
                 log.seek(0)
                 raise RuntimeError(f"Jaeger is not ready:\n{log.read()[-2000:]}") from None

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from tests.support import onnx_files
+from tests.support.onnx_files import Shape
 
 SHIPPED = Path(__file__).parents[2] / "models"
 
@@ -19,6 +26,55 @@ def copy_models(folder: Path) -> Path:
     for model in (SHIPPED / "repository").iterdir():
         (models / "repository" / model.name).symlink_to(model)
     return models
+
+
+def remove_icons(models: Path) -> None:
+    """Leaves only what was added to such a folder."""
+    shutil.rmtree(models / "pipelines" / "icons")
+    for model in (models / "repository").glob("icons_*"):
+        model.unlink()
+
+
+def add_network(
+    models: Path,
+    name: str,
+    inputs: Mapping[str, Shape],
+    outputs: Mapping[str, Shape],
+    nodes: Sequence[bytes],
+    constants: Mapping[str, np.ndarray[Any, Any]],
+    max_rows: int = 4,
+) -> dict[str, object]:
+    """Adds a small network to the repository, with its configuration; returns its entry in a manifest.
+
+    Args:
+        inputs: shapes of a row; an axis with a name is free.
+    """
+    tensors = inputs | outputs
+    rows = {tensor: ("rows", *shape) for tensor, shape in tensors.items()}
+    data = onnx_files.network({at: rows[at] for at in inputs}, {at: rows[at] for at in outputs}, nodes, constants)
+    (models / "repository" / name / "1").mkdir(parents=True)
+    (models / "repository" / name / "1" / "model.onnx").write_bytes(data)
+    lines = [f'name: "{name}"', 'backend: "onnxruntime"', f"max_batch_size: {max_rows}"]
+    for tensor, shape in tensors.items():
+        dims = [axis if isinstance(axis, int) else -1 for axis in shape]
+        form = f"dims: {dims}" if dims else "dims: [1] reshape { shape: [] }"
+        side = "input" if tensor in inputs else "output"
+        lines.append(f'{side} {{ name: "{tensor}" data_type: TYPE_FP32 {form} }}')
+    lines += ["dynamic_batching { max_queue_delay_microseconds: 0 }", "instance_group { kind: KIND_CPU count: 1 }"]
+    lines.append('parameters { key: "intra_op_thread_count" value { string_value: "1" } }')
+    (models / "repository" / name / "config.pbtxt").write_text("\n".join(lines) + "\n")
+    return {"model": name, "version": 1, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def share_network(models: Path, name: str, of: str, max_rows: int = 4) -> dict[str, object]:
+    """Adds a shipped network with another bound of its batches, whose check at the start takes less time."""
+    shipped, place = SHIPPED / "repository" / of, models / "repository" / name
+    place.mkdir()
+    (place / "1").symlink_to(shipped / "1")
+    text = (shipped / "config.pbtxt").read_text().replace(f'name: "{of}"', f'name: "{name}"')
+    (place / "config.pbtxt").write_text(re.sub(r"max_batch_size: \d+", f"max_batch_size: {max_rows}", text))
+    digest = hashlib.sha256((place / "1" / "model.onnx").read_bytes()).hexdigest()
+    return {"model": name, "version": 1, "sha256": digest}
 
 
 def add_pipeline(models: Path, name: str, network: bytes | None = None, **changes: Any) -> Path:

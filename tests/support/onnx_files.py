@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 FLOAT, OPSET, IR_VERSION = 1, 13, 8
+INT, GRAPH, INTS = 2, 5, 7
+"""Kinds of attributes."""
 
 Shape = tuple[int | str, ...]
 
@@ -19,19 +22,33 @@ def network(
     constants: Mapping[str, np.ndarray[Any, Any]],
 ) -> bytes:
     """An ONNX file; an axis with a name is free."""
-    graph = b"".join(field(1, one) for one in nodes) + field(2, "graph")
-    graph += b"".join(field(5, _tensor(name, values)) for name, values in constants.items())
-    graph += b"".join(field(11, _value(name, shape)) for name, shape in inputs.items())
-    graph += b"".join(field(12, _value(name, shape)) for name, shape in outputs.items())
-    return field(1, IR_VERSION) + field(7, graph) + field(8, field(2, OPSET))
+    return field(1, IR_VERSION) + field(7, graph(nodes, outputs, inputs, constants)) + field(8, field(2, OPSET))
 
 
-def node(kind: str, inputs: Sequence[str], output: str, **attributes: int | list[int]) -> bytes:
-    """A NodeProto with one output."""
+def graph(
+    nodes: Sequence[bytes],
+    outputs: Mapping[str, Shape],
+    inputs: Mapping[str, Shape] = MappingProxyType({}),
+    constants: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
+) -> bytes:
+    """A GraphProto, which a node may have as an attribute: a branch, which sees what is around it."""
+    made = b"".join(field(1, one) for one in nodes) + field(2, "graph")
+    made += b"".join(field(5, _tensor(name, values)) for name, values in constants.items())
+    made += b"".join(field(11, _value(name, shape)) for name, shape in inputs.items())
+    return made + b"".join(field(12, _value(name, shape)) for name, shape in outputs.items())
+
+
+def node(kind: str, inputs: Sequence[str], output: str, **attributes: int | list[int] | bytes) -> bytes:
+    """A NodeProto with one output; bytes are a `graph`."""
     made = b"".join(field(1, name) for name in inputs) + field(2, output) + field(4, kind)
     for name, value in attributes.items():
-        of = field(3, value) if isinstance(value, int) else b"".join(field(8, one) for one in value)
-        made += field(5, field(1, name) + of + field(20, 2 if isinstance(value, int) else 7))
+        if isinstance(value, bytes):
+            of, kind_of_value = field(6, value), GRAPH
+        elif isinstance(value, int):
+            of, kind_of_value = field(3, value), INT
+        else:
+            of, kind_of_value = b"".join(field(8, one) for one in value), INTS
+        made += field(5, field(1, name) + of + field(20, kind_of_value))
     return made
 
 

@@ -1,6 +1,6 @@
 """Runs golden scripts of the rules of ownership (`tests/golden/ownership/`): commands, `----`, and their results.
 
-recorded, unrecorded, refused, ended, let_go, replaced    events of a generation that this replica has accepted
+recorded, unanswered, refused, ended, let_go, replaced    events of a generation that this replica has accepted
 claim [FIELD=VALUE ...]     the state of a request id (`ClaimSeen`)
 unowned FIELD=VALUE ...     a mirror whose owner's lease has ended (`decide_unowned`, leases of 2 s)
 leased FIELD=VALUE ...      the same, once this replica has the lease

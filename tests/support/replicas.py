@@ -82,14 +82,19 @@ class Replica:
         assert self._process is not None
         self._process.send_signal(number)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and not killed since."""
+        return self._process is not None
+
     async def kill(self) -> None:
-        """Closes the channel and kills the process with SIGKILL."""
-        if self.channel is not None:
-            await self.channel.close()
-            self.channel = None
+        """Kills the process with SIGKILL, before anything more happens in it, and closes the channel."""
         if self._process is not None:
             self._process.kill()
             self._process = None
+        if self.channel is not None:
+            await self.channel.close()
+            self.channel = None
 
     def lines(self, event: str) -> list[dict[str, object]]:
         """The JSON log lines with this event."""

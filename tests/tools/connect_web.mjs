@@ -12,7 +12,7 @@ const client = (service) => createClient(contract.getService(`safelight.v1.${ser
 const generations = client("GenerationService");
 
 const events = [];
-const spec = { prompt: "a red potion", numInferenceSteps: 20, outputs: [{ seed: 7n }] };
+const spec = { prompt: "a red potion", numInferenceSteps: 200, outputs: [{ seed: 7n }] };
 for await (const { event } of generations.generate({ spec })) events.push(event);
 const [generation] = events.map((event) => event.generation);
 const { generation: after } = await generations.getGeneration({ name: generation });

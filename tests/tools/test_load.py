@@ -19,7 +19,7 @@ from tests.support.certificates import self_signed
 from tests.tools.test_tools import messages
 from tests.triton.support import ROOT
 
-RUNTIMES = {"embedded": {}, "simulated": {"runtime": "simulated", "simulated_base_ms": 5.0}}
+RUNTIMES = {"embedded": {}, "simulated": {"runtime": "simulated", "simulated_base_ms": 20.0}}
 
 
 async def printed(*command: str | Path, env: dict[str, str] | None = None) -> str:
@@ -118,7 +118,8 @@ async def test_users_measure_what_people_notice(start: Start, tmp_path: Path, ru
 async def test_users_cancel_as_often_as_they_are_told(start: Start) -> None:
     async with start(runtime="simulated", simulated_base_ms=50.0) as running:
         length = ("--run-time", "4s", "--stop-timeout", "20", "--processes", "2", "--think", "0.5")
-        counts = await locust(running.address, "--users", "4", *length, "--cancels", "1")
+        asked = ("--cancels", "1", "--steps", "200")  # so many that each user cancels before the end
+        counts = await locust(running.address, "--users", "4", *length, *asked)
     assert counts["cancel"] > 0
     assert counts["first preview"] >= counts["cancel"]
     assert "picture (computed)" not in counts

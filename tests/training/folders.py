@@ -1,4 +1,4 @@
-"""Small random pipelines of Stable Diffusion, SDXL, Stable Diffusion 3 and FLUX, as diffusers saves them, with CLIP's real vocabulary."""
+"""Small random pipelines of each family, as diffusers saves them, with CLIP's real vocabulary."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import save_file
 from transformers import (
@@ -30,6 +32,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -332,6 +337,79 @@ def sd3_pipeline(**scheduler: Any) -> StableDiffusion3Pipeline:
         tokenizer_2=clip_tokenizer(pad="!"),
         text_encoder_3=t5_encoder(48),
         tokenizer_3=t5_tokenizer(),
+    )
+
+
+QWEN_TOKENS = 48
+"""More than 32, so that prompts are filled up to 32 or to 64 tokens."""
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+"""What is left of Qwen3's for a message of a user."""
+
+
+def qwen_tokenizer(chat_template: str = CHAT_TEMPLATE, **options: Any) -> Qwen2Tokenizer:
+    """A tokenizer of Qwen's kind: all bytes, and a few words."""
+    letters = byte_letters()
+    vocab = {letter: number for number, letter in enumerate(letters)}
+    merges = []
+    for word in dict.fromkeys([*WORDS, "user", "assistant", "system"]):
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                vocab[word[:end]] = len(vocab)
+                merges.append((word[: end - 1], word[end - 1]))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab |= {token: len(vocab) + number for number, token in enumerate(special)}
+    made = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], **options
+    )
+    made.chat_template = chat_template
+    made.model_max_length = QWEN_TOKENS
+    return made
+
+
+def qwen3(width: int, vocab_size: int = 512) -> Qwen3Model:
+    """A text encoder of that width, seeded, of three layers, the last of which is not used."""
+    torch.manual_seed(8)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+    )
+    return Qwen3Model(config).eval()
+
+
+def z_image_pipeline(**scheduler: Any) -> ZImagePipeline:
+    """A whole pipeline like Z-Image's; `scheduler` has options of its own."""
+    torch.manual_seed(9)
+    denoiser = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1536, 512, 512],
+    ).eval()
+    for name in ("x_pad_token", "cap_pad_token"):  # zeros in a new network, so that they would tell nothing
+        getattr(denoiser, name).data = torch.randn(1, 32)
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
+        vae=wide_vae(),
+        text_encoder=qwen3(24),
+        tokenizer=qwen_tokenizer(),
+        transformer=denoiser,
     )
 
 

@@ -146,7 +146,8 @@ class ExportedUNet(torch.nn.Module):
             ]
             self._rows.claim(table, 1, 1.0, [{}], controls=brought)
         slots = np.zeros(rows, np.intp)
-        return self._rows.rows(slots, slots, slots + self._step)
+        made = self._rows.rows(slots, slots, slots + self._step)
+        return made | {"control_images": made["control_images"].array()}
 
 
 def painting(place: int, size: tuple[int, int]) -> Image.Image:

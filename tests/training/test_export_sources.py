@@ -15,7 +15,7 @@ from safelight_server.export.plan import ExportOptions
 from safelight_server.export.source import ExportError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPVisionConfig, T5Config
+from transformers import CLIPTextConfig, CLIPVisionConfig, Qwen3Config, T5Config
 
 from tests.training import folders
 from tests.training.checkpoints import save_checkpoint
@@ -59,6 +59,19 @@ def test_a_checkpoint_of_sdxl_in_one_file_has_the_weights_of_its_folder(tmp_path
     ours, theirs = weights(found), weights(expected)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_checkpoint_that_inpaints_in_one_file_has_the_weights_of_its_folder(tmp_path: Path) -> None:
+    parts = folders.pipeline(unet=folders.unet(in_channels=9)).components
+    diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "nine")
+    expected = loading.load(plan.make(tmp_path / "nine", OPTIONS))
+    save_checkpoint(expected, tmp_path / "one.safetensors")
+    options = ExportOptions("small", licence="CC0-1.0", config=tmp_path / "nine")
+    found = loading.load(plan.make(tmp_path / "one.safetensors", options))
+    ours, theirs = weights(found), weights(expected)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert found.unet.config.in_channels == 9
 
 
 def test_a_file_that_lacks_a_network_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
@@ -125,6 +138,7 @@ def test_the_keys_and_defaults_of_a_scheduler_are_those_of_diffusers(name: str) 
         (diffusers.AutoencoderTiny, networks.TINY_SHAPE | set(networks.VAE_RULES)),
         (diffusers.FluxTransformer2DModel, networks.FLUX_SHAPE | set(networks.FLUX_RULES)),
         (diffusers.SD3Transformer2DModel, networks.SD3_SHAPE),
+        (diffusers.ZImageTransformer2DModel, networks.Z_IMAGE_SHAPE | set(networks.Z_IMAGE_RULES)),
         (diffusers.FlowMatchEulerDiscreteScheduler, schedulers.FLOW_KEYS | set(schedulers.FLOW_RULES)),
     ],
     ids=lambda at: getattr(at, "__name__", ""),
@@ -137,6 +151,7 @@ def test_what_transformers_writes_of_a_text_encoder_is_known() -> None:
     keys = {key for key in CLIPTextConfig().to_dict() if not key.startswith("_")}
     assert keys <= networks.TEXT_SHAPE | set(networks.TEXT_RULES)
     assert {key for key in T5Config().to_dict() if not key.startswith("_")} <= networks.T5_SHAPE
+    assert {key for key in Qwen3Config().to_dict() if not key.startswith("_")} <= networks.QWEN3_SHAPE
 
 
 def test_what_transformers_writes_of_an_image_encoder_is_known() -> None:

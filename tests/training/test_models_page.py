@@ -51,6 +51,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     pipeline.save_pretrained(place / "my-model")
     folders.sdxl_pipeline().save_pretrained(place / "my-sdxl")
     folders.flux_pipeline(is_distilled=True).save_pretrained(place / "my-flux")
+    folders.z_image_pipeline().save_pretrained(place / "my-z-image")
     save_checkpoint(pipeline, place / "my-model.safetensors")
     said = {}
     for _, verb, *arguments in COMMANDS:
@@ -59,7 +60,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
             more = () if "--dry-run" in arguments else ("--sizes", sizes, "--format", "both")
             licence = () if "--licence" in arguments else ("--licence", "CC0-1.0")
             said[" ".join(arguments)] = safelight(place, verb, *arguments, *more, *licence)
-    assert sum("--dry-run" in line for line in said) == 4
+    assert sum("--dry-run" in line for line in said) == 5
     [export] = [text for line, text in said.items() if "--dry-run" not in line]
     yield place, export
 

@@ -18,7 +18,8 @@ import pytest_asyncio
 import torch
 from diffusers import EulerDiscreteScheduler
 from safelight import Accepted, Client, GenerationError, Picture, Preview, Progress
-from safelight_server.app.server import Running, StartError, serving
+from safelight_server.app.errors import StartError
+from safelight_server.app.server import Running, serving
 from safelight_server.catalog import catalog
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.domain.component import Component

@@ -1,11 +1,12 @@
 """Exported folders of FLUX and Stable Diffusion 3 behind the server's engine against diffusers' pipelines, to 1/255.
 
-CI has FLUX.1-dev and a part of the cells. `SAFELIGHT_ALL_PARITY=1 make test-training` has all cells, pictures to start
-from, FLUX.1-schnell and Stable Diffusion 3.
+CI has FLUX.1-dev on ONNX Runtime, the others on torch, and a part of the cells. `SAFELIGHT_ALL_PARITY=1 make
+test-training` has all of them on both, all cells, and pictures to start from.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 from collections.abc import Callable
@@ -17,8 +18,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
 from PIL import Image
+from safelight_server.catalog import catalog
 from safelight_server.export.exporter import denoiser_of, export, round_weights, text_encoder_of, token_ids
-from safelight_server.export.plan import ExportOptions
+from safelight_server.export.plan import ExportFormat, ExportOptions
+from safelight_server.runtime.torch_options import TorchOptions
+from safelight_server.runtime.torch_runtime import TorchRuntime
 from safelight_server.sampler import INITIAL, POSTERIOR, gaussian
 
 from tests.training import folders
@@ -37,21 +41,33 @@ MOST_CLIPPED = 0.5
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
+class ServedOnTorch(Served):
+    """An exported pipeline behind the server's engine, on the torch runtime."""
+
+    def __init__(self, models: Path) -> None:
+        self.catalog = catalog.load(models, weights="torch")
+        self.pipeline = self.catalog.get("tiny")
+        self.runtime = TorchRuntime(self.catalog, TorchOptions(num_instances=1))
+        asyncio.run(self.runtime.start())
+
+
 class Pair:
     """A pipeline in torch, and its export behind the server's engine."""
 
-    def __init__(self, place: Path, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, place: Path, pipeline: DiffusionPipeline, format: ExportFormat) -> None:
         torch.set_num_threads(1)
         pipeline.save_pretrained(place / "folder")
         if not EVERY:  # spares CI the export of the autoencoder's encoder, which no picture from a text needs
             weight = np.full((16, 3, 2, 2), 0.1, np.float32)
             np.savez(place / "folder" / "encoder.npz", weight=weight, bias=np.zeros(16, np.float32))
-        export(place / "folder", place / "models", ExportOptions("tiny", licence="CC0-1.0", sizes=SIZES))
+        options = ExportOptions("tiny", licence="CC0-1.0", sizes=SIZES, format=format, max_rows=8)
+        export(place / "folder", place / "models", options)
         for name in PARTS:
             if hasattr(pipeline, name):
                 round_weights(getattr(pipeline, name))
         pipeline.set_progress_bar_config(disable=True)
-        self.pipeline, self.served = pipeline, Served(place / "models")
+        served = ServedOnTorch if format is ExportFormat.TORCH else Served
+        self.pipeline, self.served = pipeline, served(place / "models")
         self.is_flux = self.served.pipeline.manifest.family == "flux"
         self.spacing = "trailing" if self.is_flux else "linspace"
 
@@ -109,9 +125,14 @@ KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS if EVERY else ["dev"])
+PAIRS = list(itertools.product(KINDS, (ExportFormat.ONNX, ExportFormat.TORCH)))
+CI_PAIRS = [("dev", ExportFormat.ONNX), ("schnell", ExportFormat.TORCH), ("sd3", ExportFormat.TORCH)]
+
+
+@pytest.fixture(scope="module", params=PAIRS if EVERY else CI_PAIRS, ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp(request.param), KINDS[request.param]())
+    kind, format = request.param
+    return Pair(tmp_path_factory.mktemp(kind), KINDS[kind](), format)
 
 
 def same(ours: list[Pixels], references: list[Image.Image]) -> None:

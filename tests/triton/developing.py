@@ -27,6 +27,7 @@ class Seen:
     data: bytes = b""
     usage: pb.Usage = field(default_factory=pb.Usage)
     numerics_id: str = ""
+    largest_batch: int = 0
 
     @property
     def pixels(self) -> np.ndarray:
@@ -75,6 +76,7 @@ async def develop(
                 seen.numerics_id = event.accepted.numerics_id
             case "progress":
                 seen.steps.append(event.progress.step)
+                seen.largest_batch = max(seen.largest_batch, event.progress.batch_size)
             case "preview":
                 seen.previews.append(event.preview.step)
             case "artifact_chunk":

@@ -104,8 +104,11 @@ class TritonServer:
 
     def stubs(self) -> list[int]:
         """Process ids of the Python backend's stubs."""
-        threads = Path(f"/proc/{self.pid}/task").glob("*/children")  # other threads load models
-        return sorted(int(pid) for children in threads for pid in children.read_text().split())
+        found = list[int]()
+        for children in Path(f"/proc/{self.pid}/task").glob("*/children"):  # other threads load models
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+                found += map(int, children.read_text().split())
+        return sorted(found)
 
     def stubs_of(self, model: str) -> list[int]:
         """Process ids of one model's stubs."""
@@ -135,7 +138,7 @@ class TritonServer:
         """Freezes the server and its stubs with SIGSTOP; returns when all their threads have stopped."""
         for pid in (self.pid, *self.stubs()):
             os.kill(pid, signal.SIGSTOP)
-            while any(_state(thread) != "T" for thread in Path(f"/proc/{pid}/task").iterdir()):
+            while any(_state(thread) not in ("T", "") for thread in Path(f"/proc/{pid}/task").iterdir()):
                 time.sleep(0.001)
 
     def cont(self) -> None:
@@ -165,7 +168,10 @@ class TritonServer:
 
 
 def _state(process: Path) -> str:
-    return (process / "stat").read_text().rpartition(")")[2].split()[0]
+    """The state of a process or thread; empty if it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return (process / "stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 @contextmanager

@@ -135,7 +135,7 @@ async def test_cancelled_requests_are_not_computed(
     for call in calls:
         call.cancel()
     ended = await asyncio.gather(*calls, return_exceptions=True)
-    assert sum(isinstance(end, asyncio.CancelledError) for end in ended) == 7
+    assert sum(isinstance(end, asyncio.CancelledError) for end in ended) >= 6, "of 8, of which one was waited for"
     assert same(await ask(client, model, small), model, small)
     await eventually(lambda: sum(outcomes(triton, model)) == succeeded + failed + 9)
     assert outcomes(triton, model)[1] - failed >= 4, "cancelled requests were computed"

@@ -57,8 +57,8 @@ async def test_kill_9_under_load_and_back_in_rotation(start, undisturbed):
             load = Load(channel, REQUESTS)
             await eventually(load.reached(4), PATIENCE_S)
             before = [len(seen.previews) for seen in load.seen]
-            await asyncio.to_thread(one.kill)
             assert load.num_running == len(REQUESTS)
+            await asyncio.to_thread(one.kill)
             await eventually(lambda: running.runtime.num_live == 1, PATIENCE_S)
             assert_exact(REQUESTS, await load.finish(), undisturbed)
             assert all(len(seen.previews) > count for seen, count in zip(load.seen, before, strict=True))

@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import MODELS, eventually
 from tests.triton.developing import assert_exact, develop_all, mixed
-from tests.triton.support import REPOSITORY, triton_server
+from tests.triton.support import READY_S, REPOSITORY, triton_server
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -47,7 +47,7 @@ async def test_memory_of_a_call_given_up_is_not_reused_before_its_answer(models)
         await server.probe(WORK_LIMIT_S)
         first, second = (verification.example(server.served(KEY).specs(), rows) for rows in (2, 3))
         expected = await server.run(KEY, first, WORK_LIMIT_S)
-        [region] = server.regions._idle[KEY]
+        [region] = server.regions._idle[KEY, ()]
         region._views["prediction"][:] = 0.0
         triton.stop()
         with pytest.raises(CallFailed) as caught:
@@ -61,7 +61,7 @@ async def test_memory_of_a_call_given_up_is_not_reused_before_its_answer(models)
         assert np.array_equal(results["prediction"], alone["prediction"])
         await eventually(lambda: server.regions.num_quarantined == 0)
         assert np.array_equal(region._views["prediction"][:2], expected["prediction"])  # the server did write it
-        assert len(server.regions._idle[KEY]) == 2
+        assert len(server.regions._idle[KEY, ()]) == 2
         await server.close()
 
 
@@ -71,7 +71,7 @@ async def test_regions_are_given_to_a_server_that_has_been_restarted(models):
         await server.probe(WORK_LIMIT_S)
         feed = verification.example(server.served(KEY).specs(), 2)
         expected, _ = await asyncio.gather(*(server.run(KEY, feed, WORK_LIMIT_S) for _ in range(2)))
-        before = {region.name for region in server.regions._idle[KEY]}
+        before = {region.name for region in server.regions._idle[KEY, ()]}
         assert len(before) == 2
         await asyncio.to_thread(triton.kill)
         with pytest.raises(CallFailed) as caught:
@@ -79,7 +79,7 @@ async def test_regions_are_given_to_a_server_that_has_been_restarted(models):
         assert caught.value.trouble is Trouble.DEAD
         assert server.regions.num_quarantined == 1
         triton.restart()
-        await eventually(triton.ready, 50)
+        await eventually(triton.ready, READY_S)
         await server._client._client._channel.channel_ready()
         again = await server.run(KEY, feed, WORK_LIMIT_S)  # without a probe, by the server's answer
         assert np.array_equal(again["prediction"], expected["prediction"])

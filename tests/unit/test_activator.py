@@ -22,6 +22,7 @@ from load_tests.ports import free_port
 from tests.conftest import eventually, serving_here
 from tests.support.activation import Names, activation, calling, grpc_replica, its_address
 from tests.support.certificates import new_pair
+from tests.support.pause import steps_paused
 from tests.support.relay import Relay
 
 
@@ -91,7 +92,7 @@ async def test_no_more_calls_are_held_than_may_be():
         first = list_models(b"")
         await eventually(lambda: here.held() == 1)
         with pytest.raises(grpc.aio.AioRpcError, match="1 calls wait") as refused:
-            await list_models(b"", timeout=5.0)
+            await list_models(b"", timeout=15.0)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         first.cancel()
 
@@ -99,7 +100,7 @@ async def test_no_more_calls_are_held_than_may_be():
 async def test_a_call_is_not_held_for_ever():
     async with activation(hold_s=0.01) as here, calling(here.address) as list_models:
         with pytest.raises(grpc.aio.AioRpcError, match="no replica has started") as refused:
-            await list_models(b"", timeout=5.0)
+            await list_models(b"", timeout=15.0)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -184,11 +185,12 @@ async def test_the_connection_to_a_replica_that_leaves_is_closed_after_its_calls
         serving_here(runtime="simulated", simulated_base_ms=2.0) as server,
     ):
         await here.has(server.address)
-        events = client.generate("a key", steps=100, seed=2)
-        await anext(events)
-        here.names.addresses = frozenset()
-        await eventually(lambda: not here.replicas.ready_addresses, 5.0)
-        assert here.replicas.num_open == 1, "it has a call"
+        with steps_paused(server):
+            events = client.generate("a key", steps=100, seed=2)
+            await anext(events)
+            here.names.addresses = frozenset()
+            await eventually(lambda: not here.replicas.ready_addresses)
+            assert here.replicas.num_open == 1, "it has a call"
         assert isinstance([event async for event in events][-1], Finished)
         await eventually(lambda: here.replicas.num_open == 0)
 
@@ -207,10 +209,11 @@ async def test_a_replica_that_drains_gets_no_new_calls_and_finishes_its_own():
         await anext(events)
         [busy] = [server for server in servers if server.inspect().live]
         [other] = [server for server in servers if server is not busy]
-        draining = busy.drain(30.0)
-        await eventually(lambda: here.replicas.ready_addresses == {other.address})
-        assert busy.inspect().live == 1
-        assert [bool(await list_models(b"")) for _ in range(4)] == [True] * 4
+        with steps_paused(busy):
+            draining = busy.drain(30.0)
+            await eventually(lambda: here.replicas.ready_addresses == {other.address})
+            assert busy.inspect().live == 1
+            assert [bool(await list_models(b"")) for _ in range(4)] == [True] * 4
         assert isinstance([event async for event in events][-1], Finished)
         await draining
 

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from safelight import Client
 from safelight_server.app.address import BindError, bind, sole_listener
-from safelight_server.app.server import StartError
+from safelight_server.app.errors import StartError
 
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 1.0}
 OTHERS = "192.0.2.1"

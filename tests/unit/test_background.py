@@ -7,7 +7,7 @@ import contextlib
 import functools
 
 import pytest
-from safelight_server.app import server
+from safelight_server.app import listening
 from safelight_server.telemetry import background
 from safelight_server.telemetry.background import keep_running, log_failure
 from structlog.testing import capture_logs
@@ -62,7 +62,7 @@ async def test_cancelling_ends_it() -> None:
 async def test_every_work_of_the_server_goes_on() -> None:
     work = Work(2, returns=False)
     with capture_logs() as logs:
-        task = server._begin(functools.partial(work.run))
+        task = listening._begin(functools.partial(work.run))
         await eventually(lambda: work.num_begun == 3)
     assert len(logs) == 2 and not task.done()
     task.cancel()

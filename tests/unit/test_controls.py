@@ -16,8 +16,9 @@ from safelight_server.cache.namespaces import Namespaces
 from safelight_server.catalog import export
 from safelight_server.catalog.catalog import check
 from safelight_server.catalog.manifest import CONTROL_INPUTS, Manifest
+from safelight_server.cli.command import CommandError
 from safelight_server.cli.export import export as export_command
-from safelight_server.cli.main import CommandError, _controls
+from safelight_server.cli.generate import parse_controls
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError
 from safelight_server.domain.request import ControlUse
 from safelight_server.domain.uploads import PictureFile
@@ -197,7 +198,7 @@ def test_a_triton_repository_warms_up_pictures_at_all_sizes_and_refuses_tensorrt
 
 
 def test_controls_on_the_command_line():
-    found = _controls(["edges=a.png", "depth=generations/x:0.5", "pose=b.png:1:0.2:0.8"])
+    found = parse_controls(["edges=a.png", "depth=generations/x:0.5", "pose=b.png:1:0.2:0.8"])
     assert [(at.name, str(at.image), at.scale, at.start, at.end) for at in found] == [
         ("edges", "a.png", None, None, None),
         ("depth", "generations/x", 0.5, None, None),
@@ -208,4 +209,4 @@ def test_controls_on_the_command_line():
 @pytest.mark.parametrize("text", ["edges", "=a.png", "edges=", "edges=a.png:x", "edges=a.png:1:0:1:2", "edges=:1"])
 def test_a_control_that_is_not_understood_is_refused_on_the_command_line(text):
     with pytest.raises(CommandError, match="must be NAME=FILE, or NAME=FILE:SCALE:START:END"):
-        _controls([text])
+        parse_controls([text])

@@ -56,3 +56,9 @@ def test_a_prompt_without_a_begin_token_counts_from_its_first():
     """As with T5, whose padding has an id of its own."""
     assert prompt_vector(hidden(2, 4, 50, 70), (8, 9, EOS, 0), EOS, 0).tolist() == [3, 3, 3]
     assert prompt_vector(hidden(5, 70, 70), (EOS, 0, 0), EOS, 0).tolist() == [5, 5, 5]
+
+
+def test_a_template_before_a_prompt_does_not_count():
+    """As with Z-Image: three tokens before the text, and the end token begins what is after it."""
+    ids = (7, 8, 9, 5, 6, EOS, 9, 0, 0)
+    assert prompt_vector(hidden(90, 90, 90, 2, 4, 50, 60, 0, 0), ids, EOS, 3).tolist() == [3, 3, 3]

@@ -16,6 +16,7 @@ from safelight_server.cli import main
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from tests.conftest import MODELS
+from tests.support.conditions import TWO_SIZES, models_with_conditions
 
 ROOT = MODELS.parent
 SOURCE = MODELS / "repository"
@@ -233,3 +234,44 @@ def test_an_autoencoder_that_overflows_float16_stays_float32(several_sizes, tmp_
         precisions[name.removeprefix("icons_")] = given
     assert precisions == {role: "FP32" if role in ("decoder", "encoder") else "FP16" for role in precisions}
     assert len(precisions) == len(NAMES)
+
+
+def test_what_rows_bring_for_their_conditions_is_warmed_up_at_each_size(tmp_path):
+    models = models_with_conditions(tmp_path, TWO_SIZES)
+    for target, accelerator in ((Target.CPU, Accelerator.TENSORRT), (Target.GPU, Accelerator.ONNXRUNTIME)):
+        export.write(models / "repository", tmp_path / target, target, 1, accelerator)
+        configs = written(tmp_path / target)
+        denoiser = configs["conditioned_denoiser"]
+        brought = {name: [] for name in ("control_images", "adapter_weights", "image_prompt_tokens")}
+        for sample in denoiser.model_warmup:
+            for name, shapes in brought.items():
+                if (shape := tuple(sample.inputs[name].dims)) not in shapes:
+                    shapes.append(shape)
+        assert brought == {
+            "control_images": [(2, 3, 128, 128), (2, 3, 96, 64)],
+            "adapter_weights": [(6, 20)],
+            "image_prompt_tokens": [(2, 3)],
+        }
+        encoder = configs["conditioned_image_encoder"]
+        assert {tuple(sample.inputs["image"].dims) for sample in encoder.model_warmup} == {(3, 8, 8)}
+        kind = ModelInstanceGroup.KIND_CPU if target is Target.CPU else ModelInstanceGroup.KIND_GPU
+        assert {group.kind for config in configs.values() for group in config.instance_group} == {kind}
+
+
+def test_tensorrt_takes_adapters_and_image_prompts_and_no_controls(tmp_path):
+    models = models_with_conditions(tmp_path)
+    for accelerator in (Accelerator.TENSORRT, Accelerator.PLAN):
+        with pytest.raises(RepositoryError, match="conditioned_denoiser: its control networks"):
+            export.write(models / "repository", tmp_path / "gpu", Target.GPU, 1, accelerator)
+        assert not (tmp_path / "gpu").exists()
+    file = models / "repository" / "conditioned_denoiser" / "config.pbtxt"
+    file.write_text(re.sub(r"input { name: \"control_.*\n", "", file.read_text()))
+    export.write(models / "repository", tmp_path / "gpu", Target.GPU)
+    [profile] = export.profiles(written(tmp_path / "gpu")["conditioned_denoiser"])
+    largest = {name: shape for name, shape in profile["max"].items() if name.startswith(("adapter", "image_prompt"))}
+    assert largest == {
+        "adapter_weights": (8, 6, 20),
+        "adapter_scales": (8, 6),
+        "image_prompt_tokens": (8, 2, 3),
+        "image_prompt_scale": (8,),
+    }

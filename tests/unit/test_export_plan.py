@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safelight_server.cli.export import export as export_command
 from safelight_server.export import schedulers
 from safelight_server.export.plan import ExportFormat, ExportOptions, ExportPlan, draft, make
 from safelight_server.export.source import ExportError
@@ -203,9 +204,9 @@ def test_the_folder_of_stable_diffusion_is_planned_in_full(folder: Folder) -> No
         ("unet", "addition_embed_type", "text_time", "a second condition"),
         ("unet", "encoder_hid_dim_type", "text_image_proj", "other than the prompt's"),
         ("unet", "attention_type", "gated", "boxes"),
-        ("unet", "in_channels", 9, "an inpainting UNet"),
+        ("unet", "in_channels", 5, "in_channels 5: a UNet; the server gives the denoiser the 4 channels of the latent"),
         ("unet", "in_channels", 8, "a UNet that edits pictures"),
-        ("unet", "out_channels", 8, "out_channels 8 is not in_channels 4"),
+        ("unet", "out_channels", 8, "out_channels 8 is not the latent's 4"),
         ("unet", "cross_attention_dim", 1024, "is not the text encoder's 768"),
         ("unet", "sample_size", None, "sample_size is null: say --sizes"),
         ("vae", "latents_mean", [0.1] * 4, "one factor for all channels"),
@@ -334,12 +335,12 @@ def test_options_are_judged_by_the_servers_own_rules(folder: Folder, options: di
 
 
 def test_all_faults_are_said_at_once(folder: Folder) -> None:
-    said = fault(folder("EDMEulerScheduler", {}, unet={"in_channels": 9}, vae={"latents_mean": [1.0]}), max_rows=0)
-    assert all(word in said for word in ("EDMEulerScheduler", "in_channels 9", "latents_mean", "--max-rows"))
-    place = folder(unet={"in_channels": 9})
+    said = fault(folder("EDMEulerScheduler", {}, unet={"in_channels": 8}, vae={"latents_mean": [1.0]}), max_rows=0)
+    assert all(word in said for word in ("EDMEulerScheduler", "in_channels 8", "latents_mean", "--max-rows"))
+    place = folder(unet={"in_channels": 8})
     (place / "README.md").unlink()
     said = fault(place, name="X", steps=0)
-    assert all(word in said for word in ("in_channels 9", "--licence", "--name", "--steps"))
+    assert all(word in said for word in ("in_channels 8", "--licence", "--name", "--steps"))
 
 
 def test_there_is_no_default_licence(folder: Folder) -> None:
@@ -462,7 +463,6 @@ def test_the_folder_of_sdxl_is_planned_in_full(sdxl: SdxlFolder) -> None:
     [
         ("index", "requires_aesthetics_score", True, "the server does not run SDXL's refiner"),
         ("index", "_class_name", "StableDiffusionXLImg2ImgPipeline", "(the server does not run SDXL's refiner)"),
-        ("index", "_class_name", "StableDiffusionXLInpaintPipeline", "its UNet may need a mask as an input"),
         ("index", "text_encoder", [None, None], "text_encoder is missing; what can be exported: CLIPTextModel"),
         ("index", "text_encoder_2", ["transformers", "CLIPTextModel"], "text_encoder_2 is a CLIPTextModel"),
         ("index", "text_encoder_3", ["transformers", "T5EncoderModel"], "text_encoder_3 is not known"),
@@ -471,7 +471,7 @@ def test_the_folder_of_sdxl_is_planned_in_full(sdxl: SdxlFolder) -> None:
         ("unet", "projection_class_embeddings_input_dim", 2560, "input_dim 2560 is not the 1280 of the pooled output"),
         ("unet", "cross_attention_dim", 1280, "is not that of the text encoders, 768 + 1280"),
         ("unet", "time_cond_proj_dim", 256, "guidance scale as an input"),
-        ("unet", "in_channels", 9, "an inpainting UNet"),
+        ("unet", "in_channels", 8, "a UNet that edits pictures"),
         ("text_encoder_2", "rope_theta", 3, "text_encoder_2/config.json: rope_theta is not known to this exporter"),
         ("vae", "latents_mean", [0.1] * 4, "one factor for all channels"),
     ],
@@ -480,6 +480,34 @@ def test_what_the_server_cannot_honour_of_sdxl_is_refused_by_its_key(
     sdxl: SdxlFolder, part: str, key: str, value: object, wanted: str
 ) -> None:
     assert wanted in fault(sdxl(**{part: {key: value}}))
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_unet_that_inpaints_is_planned(folder: Folder, name: str) -> None:
+    made = plan(folder(unet={"in_channels": 9}, index={"_class_name": name}))
+    assert (made.is_inpainting, made.shape[0]) == (True, 4)
+    assert made.source.pipeline_class == "StableDiffusionPipeline"
+    assert draft(made)["inputs"]["mask"] == "mask"
+    assert draft(made)["inputs"]["masked_image"] == "masked_image"
+    assert "only inpaints: each request needs a picture and a mask" in made.notes[-1]
+
+
+def test_a_unet_of_sdxl_that_inpaints_is_planned(sdxl: SdxlFolder) -> None:
+    made = plan(sdxl(unet={"in_channels": 9}, index={"_class_name": "StableDiffusionXLInpaintPipeline"}))
+    assert made.is_inpainting
+    assert made.source.pipeline_class == "StableDiffusionXLPipeline"
+    assert {"mask", "masked_image", "time_ids"} <= draft(made)["inputs"].keys()
+
+
+def test_a_unet_that_inpaints_is_not_quantized_and_says_so_before_it_is_exported(folder: Folder) -> None:
+    with pytest.raises(ExportError, match="--quantize: does not calibrate with pictures and masks"):
+        export_command(folder(unet={"in_channels": 9}), quantize="int8", name="small", dry_run=True)
+
+
+def test_a_unet_that_does_not_inpaint_is_planned_as_any_other(folder: Folder) -> None:
+    made = plan(folder(index={"_class_name": "StableDiffusionInpaintPipeline"}))
+    assert not made.is_inpainting
+    assert "inputs" not in draft(made)
 
 
 def test_an_sdxl_denoiser_without_its_second_condition_is_refused(sdxl: SdxlFolder) -> None:
@@ -683,6 +711,7 @@ def test_the_memory_of_an_export_is_reckoned(flux: FluxFolder) -> None:
     """All weights in float32, plus six bytes for each weight of the compared network: transformer or text encoder."""
     place = flux()
     assert plan(place).peak_bytes == max(4 * 12 + 6 * 6, 4 * 6 + 6 * 3), "four networks of three weights"
+    assert plan(place, format=ExportFormat.TORCH).peak_bytes == 4 * 12, "none is compared with its file"
     safetensors(place / "transformer" / "diffusion_pytorch_model.safetensors", num_values=100)
     assert plan(place).peak_bytes == 4 * 103 + 6 * 100
     (place / "vae" / "diffusion_pytorch_model.safetensors").unlink()
@@ -775,6 +804,122 @@ def test_the_options_of_transformers_are_judged(flux: FluxFolder, sd3: Sd3Folder
     assert "a folder can be exported, no checkpoint in one file" in fault(file, config=flux())
 
 
+class ZImageFolder(Folder):
+    """A folder of Z-Image, without real weights."""
+
+    configs: Mapping[str, dict[str, Any]] = {
+        "transformer": {
+            "_class_name": "ZImageTransformer2DModel",
+            "all_f_patch_size": [1],
+            "all_patch_size": [2],
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "cap_feat_dim": 2560,
+            "dim": 3840,
+            "in_channels": 16,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "norm_eps": 1e-05,
+            "qk_norm": True,
+            "rope_theta": 256.0,
+            "t_scale": 1000.0,
+        },
+        "vae": WIDE_KL | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": {
+            "architectures": ["Qwen3ForCausalLM"],
+            "head_dim": 128,
+            "hidden_size": 2560,
+            "max_position_embeddings": 40960,
+            "model_type": "qwen3",
+            "num_hidden_layers": 36,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "vocab_size": 151936,
+        },
+    }
+    index: Mapping[str, Any] = {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    }
+    scheduler: Mapping[str, Any] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift": 6.0}
+
+
+@pytest.fixture
+def z_image(tmp_path: Path) -> ZImageFolder:
+    return ZImageFolder(tmp_path / "z-image")
+
+
+def test_the_folder_of_z_image_is_planned_in_full(z_image: ZImageFolder) -> None:
+    made = plan(z_image(), format=ExportFormat.TORCH)
+    assert (made.shape, made.options.sizes) == ((16, 128, 128), ((1024, 1024),))
+    assert (made.options.steps, made.options.guidance_scale) == (50, 6.0)
+    assert (made.multiple, made.largest_edge) == (2, 1024)
+    [note] = made.notes
+    assert note == "guidance_scale is one more than what ZImagePipeline is given: its 0, no guidance, is 1 here"
+    written = draft(made)
+    assert written["inputs"] == {
+        "sample": "latent",
+        "timestep": "timestep",
+        "encoder_hidden_states": "encoder:last_hidden_state",
+        "encoder_attention_mask": "encoder:attention_mask",
+    }
+    assert (written["family"], written["prediction_type"]) == ("z-image", "flow")
+    assert written["samplers"][0]["spacings"] == ["trailing"]
+    assert written["noise_schedule"] == {"num_train_timesteps": 1000, "shift": 6.0}
+    turbo = plan(z_image(index={"_name_or_path": "Tongyi-MAI/Z-Image-Turbo"}), format=ExportFormat.TORCH)
+    assert (turbo.options.steps, turbo.options.guidance_scale) == (8, 1.0)
+
+
+@pytest.mark.parametrize("format", [ExportFormat.ONNX, ExportFormat.BOTH])
+def test_z_image_is_written_for_torch_alone(z_image: ZImageFolder, format: ExportFormat) -> None:
+    assert f"--format {format}: this denoiser computes with complex numbers" in fault(z_image(), format=format)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("transformer", "all_patch_size", [1, 2], "all_patch_size [1, 2] cannot be exported"),
+        ("transformer", "all_f_patch_size", [2], "a latent is one picture"),
+        ("transformer", "siglip_feat_dim", 1152, "other pictures as an input"),
+        ("transformer", "in_channels", 32, "in_channels 32 is not 16, that of the latent"),
+        ("transformer", "cap_feat_dim", 4096, "cap_feat_dim 4096 is not that of text_encoder, 2560"),
+        ("transformer", "dim", 3800, "dim 3800 is not n_heads 30 times the sum of axes_dims [32, 48, 48]"),
+        ("transformer", "axes_dims", [64, 64], "do not have three axes"),
+        ("transformer", "axes_lens", [512, 512, 512], "prompts of 512 tokens need 514 places"),
+        ("transformer", "num_experts", 8, "transformer/config.json: num_experts is not known"),
+        ("text_encoder", "num_experts", 8, "text_encoder/config.json: num_experts is not known"),
+        ("text_encoder", "max_position_embeddings", 256, "max_position_embeddings 256 is less than 512"),
+        ("vae", "shift_factor", None, "shift_factor is missing"),
+        ("index", "text_encoder", ["transformers", "Qwen2Model"], "text_encoder is a Qwen2Model"),
+        ("index", "_class_name", "ZImageOmniPipeline", "its transformer needs other pictures as an input"),
+        ("scheduler", "num_train_timesteps", 500, "num_train_timesteps 500 cannot be served"),
+        ("scheduler", "use_karras_sigmas", True, "use_karras_sigmas True cannot be served"),
+    ],
+)
+def test_what_the_server_cannot_honour_of_z_image_is_refused_by_its_key(
+    z_image: ZImageFolder, part: str, key: str, value: object, wanted: str
+) -> None:
+    changed = {"scheduler": ZImageFolder.scheduler | {key: value}} if part == "scheduler" else {part: {key: value}}
+    assert wanted in fault(z_image(**changed), format=ExportFormat.TORCH)
+
+
+def test_the_options_of_z_image_are_judged(z_image: ZImageFolder) -> None:
+    torch = {"format": ExportFormat.TORCH}
+    assert "--sizes 1000x1024: must be multiples of 16" in fault(z_image(), sizes=((1000, 1024),), **torch)
+    assert "8208x1024: the denoiser has positions for edges of at most 8192" in fault(
+        z_image(), sizes=((8208, 1024),), **torch
+    )
+    assert "what diffusers calls 0, a model without guidance, is 1 here" in fault(
+        z_image(), guidance_scale=0.0, **torch
+    )
+
+
 @pytest.mark.parametrize("format", [ExportFormat.TORCH, ExportFormat.BOTH])
 def test_the_torch_runtime_takes_no_adapters(folder: Folder, format: ExportFormat) -> None:
     assert "--adapter-rank 8: the torch runtime takes no adapters; use --format onnx" in fault(
@@ -806,6 +951,14 @@ def test_control_networks_are_planned(folder: Folder, tmp_path: Path) -> None:
     assert made.num_values["--control edges"] == 5
     assert made.peak_bytes > plan(folder()).peak_bytes
     assert "controls" not in draft(plan(folder()))
+
+
+def test_a_control_network_of_a_unet_that_inpaints_takes_the_latent_alone(folder: Folder, tmp_path: Path) -> None:
+    place = folder(unet={"in_channels": 9})
+    made = plan(place, controls=(("edges", control_folder(tmp_path / "four")),))
+    assert {"mask", "masked_image", "control_images"} <= draft(made)["inputs"].keys()
+    said = fault(place, controls=(("edges", control_folder(tmp_path / "nine", in_channels=9)),))
+    assert said == "--control edges: config.json: in_channels is 9, that of the latent is 4"
 
 
 @pytest.mark.parametrize(

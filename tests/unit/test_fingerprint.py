@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.cache import fingerprint
 from safelight_server.cache.fingerprint import (
     IndexKind,
     SharingScope,
-    compatible,
+    comparable,
     derived_seed,
     embedding,
-    exact,
     image_prompt,
     index_key,
     tenant_key,
@@ -43,6 +43,18 @@ SPEC = Spec(
     sampler=SamplerSpec("ddim", "trailing", "default", 0.25),
     seeds=(7,),
 )
+
+
+def exact(digest: str, numerics: str, spec: Spec, seed: int) -> bytes:
+    """The fingerprint of an output."""
+    return fingerprint.exact(comparable(digest, numerics, spec), spec.token_ids, seed)
+
+
+def compatible(digest: str, numerics: str, spec: Spec) -> bytes:
+    """The fingerprint of what comparable outputs have in common."""
+    return fingerprint.compatible(comparable(digest, numerics, spec))
+
+
 OTHERS = {
     "token_ids": (1, 5, 6, 2),
     "negative_token_ids": None,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from grpc_health.v1 import health_pb2
 from safelight_server.api.health import HEALTH_SERVICE, Health
-from safelight_server.app.server import follow_health
+from safelight_server.app.listening import follow_health
 from safelight_server.domain.errors import NotFoundError, UnavailableError
 
 SERVING, NOT_SERVING, UNKNOWN = (

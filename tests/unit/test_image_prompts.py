@@ -11,7 +11,8 @@ from safelight_server.catalog.catalog import ManifestError, check, load
 from safelight_server.catalog.manifest import Manifest
 from safelight_server.runtime.verification import InputSpec, example
 
-from tests.support.image_prompts import IMAGE_ENCODER, INPUTS, NAME, ROOM, models_with_image_prompts
+from tests.support.conditions import NAME, models_with_conditions
+from tests.support.image_prompts import IMAGE_ENCODER, INPUTS, ROOM
 from tests.support.pipelines import MANIFEST, small_pipeline
 
 WHOLE = {"image_prompt": ROOM, "inputs": INPUTS, "components": MANIFEST["components"] | IMAGE_ENCODER}
@@ -45,7 +46,7 @@ def test_image_prompts_are_in_the_digest(tmp_path: Path) -> None:
     ],
 )
 def test_shapes_of_image_prompts_are_those_of_the_networks(tmp_path: Path, key: str, fault: str) -> None:
-    models = models_with_image_prompts(tmp_path)
+    models = models_with_conditions(tmp_path)
     assert load(models).get(NAME).manifest.image_prompt is not None
     [path] = models.glob("pipelines/*/*/pipeline.json")
     manifest = json.loads(path.read_text())

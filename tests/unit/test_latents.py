@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 from safelight_server.catalog.manifest import AdapterRoom, ImagePromptRoom
 from safelight_server.engine.latents import CleanLatent, Latents, RowAdapter, RowControl, RowImagePrompt
+from safelight_server.runtime.base import StableRows
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table, gaussian
 
 from tests.support.adapters import ROOM
@@ -28,6 +29,10 @@ def context(value):
 def predict(sample, timestep):
     """A fake denoiser: some function of each row alone."""
     return (np.tanh(sample) * (timestep[:, None, None, None] / 999)).astype(np.float32)
+
+
+def arrays(rows):
+    return {name: given.array() if isinstance(given, StableRows) else given for name, given in rows.items()}
 
 
 def step(latents, slots, at, parts=(0,)):
@@ -264,7 +269,7 @@ def test_rows_bring_their_adapters_one_below_the_other():
     both = latents.claim(table(), 1, 3.0, [context(1), context(0)], adapters=[adapter(2, 5, 0.5), adapter(1, 7, -2)])
     none = latents.claim(table(), 1, 1.0, [context(1)])
     one = latents.claim(table(), 1, 1.0, [context(1)], adapters=[adapter(6, 9, 1)])
-    rows = latents.rows(np.array([both, none, one, both]), np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0]))
+    rows = arrays(latents.rows(np.array([both, none, one, both]), np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])))
     assert rows["w"].shape == (4, 6, ROOMY.width)
     assert rows["w"].dtype == rows["s"].dtype == np.float32
     assert rows["w"][:, :, 0].tolist() == [[5, 5, 7, 0, 0, 0], [0] * 6, [9] * 6, [5, 5, 7, 0, 0, 0]]
@@ -276,7 +281,7 @@ def test_an_adapter_does_not_stay_in_a_slot():
     latents = Latents(1, SHAPE, CONTEXTS, 50, ADAPTED, room=ROOMY)
     latents.release(latents.claim(table(), 1, 1.0, [context(1)], adapters=[adapter(2, 5, 0.5)]))
     slot = latents.claim(table(), 1, 1.0, [context(1)])
-    rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
+    rows = arrays(latents.rows(np.array([slot]), np.array([0]), np.array([0])))
     assert not rows["w"].any()
     assert not rows["s"].any()
 
@@ -317,7 +322,7 @@ def control(place, value, scale, steps):
     return RowControl(place, np.full((4, 6, 3), value, np.uint8), scale, steps)
 
 
-def test_rows_bring_the_pictures_of_the_control_networks_that_act_in_their_step():
+def test_rows_bring_the_pictures_of_their_controls_and_the_scales_of_those_that_act_in_their_step():
     latents = Latents(3, SHAPE, CONTEXTS, 50, CONTROLLED, pictures=PICTURES)
     both = latents.claim(
         table(),
@@ -327,19 +332,60 @@ def test_rows_bring_the_pictures_of_the_control_networks_that_act_in_their_step(
         controls=[control(1, 51, 0.5, range(1, 3)), control(0, 255, 2, range(6))],
     )
     none = latents.claim(table(), 1, 1.0, [context(1)])
-    rows = latents.rows(np.array([both, none, both, both]), np.array([0, 0, 1, 0]), np.array([0, 1, 1, 3]))
+    rows = arrays(latents.rows(np.array([both, none, both, both]), np.array([0, 0, 1, 0]), np.array([0, 1, 1, 3])))
     assert rows["i"].shape == (4, *PICTURES)
     assert rows["i"].dtype == rows["s"].dtype == np.float32
     assert rows["s"].tolist() == [[2, 0], [0, 0], [2, 0.5], [2, 0]]
     assert (rows["i"] == rows["i"][:, :, :1, :1, :1]).all()
-    assert rows["i"][:, :, 0, 0, 0].tolist() == [[1, 0], [0, 0], [1, np.float32(0.2)], [1, 0]]
+    assert rows["i"][:, :, 0, 0, 0].tolist() == [[1, np.float32(0.2)], [0, 0], *[[1, np.float32(0.2)]] * 2]
+
+
+def test_what_a_row_brings_has_a_version_of_its_own_and_none_is_0():
+    """So a runtime that holds a row need not copy it again, and rows without anything share their zeros."""
+    inputs = {"x": "latent", "w": "adapter_weights", "i": "control_images", "t": "image_prompt_tokens"}
+    rooms = {"room": ROOMY, "pictures": PICTURES, "image_prompt_room": PROMPT_ROOM}
+    latents = Latents(3, SHAPE, CONTEXTS, 50, inputs, **rooms)
+
+    def claimed(**given):
+        return latents.claim(table(), 1, 3.0, [context(1), context(0)], **given)
+
+    def brought():
+        controls = [control(0, 255, 2, range(2)), control(1, 51, 1, range(6))]
+        return {"adapters": [adapter(2, 5, 0.5)], "controls": controls, "image_prompt": image_prompt(5, 0.5)}
+
+    slots = [claimed(**brought()), claimed(), claimed(**brought())]
+    at, parts = np.repeat(slots, 2), np.tile([0, 1], 3)
+    rows = latents.rows(at, parts, np.zeros(6, int))
+    later = latents.rows(at, parts, np.full(6, 3))
+    for name, given in rows.items():
+        if name != "x":
+            assert given.versions.tolist() == later[name].versions.tolist()
+            found = {}
+            for row, version in enumerate(given.versions.tolist()):
+                array = given.take(np.array([row]))[0]
+                assert np.array_equal(found.setdefault(version, array), array)
+            assert not found[0].any()
+            assert len(found) == (5 if name == "t" else 3), "each output's, and with its negative prompt other tokens"
+    latents.release(slots[0])
+    again = latents.rows(np.array([claimed()]), np.array([1]), np.array([0]))
+    assert [again[name].versions.tolist() for name in ("w", "i", "t")] == [[0]] * 3
+
+
+def test_rows_are_those_of_their_call_also_when_an_output_ends_meanwhile():
+    """A runtime takes them later, in a thread of its own."""
+    latents = Latents(1, SHAPE, CONTEXTS, 50, ADAPTED, room=ROOMY)
+    slot = latents.claim(table(), 1, 1.0, [context(1)], adapters=[adapter(2, 5, 0.5)])
+    rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
+    latents.depart(np.array([slot]))
+    latents.release(slot)
+    assert rows["w"].array()[0, :, 0].tolist() == [5, 5, 0, 0, 0, 0]
 
 
 def test_the_channels_and_lines_of_a_picture_stay_in_their_order():
     latents = Latents(1, SHAPE, CONTEXTS, 50, CONTROLLED, pictures=(1, *PICTURES[1:]))
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     slot = latents.claim(table(), 1, 1.0, [context(1)], controls=[RowControl(0, pixels, 1.0, range(6))])
-    [[image]] = latents.rows(np.array([slot]), np.zeros(1, int), np.zeros(1, int))["i"]
+    [[image]] = arrays(latents.rows(np.array([slot]), np.zeros(1, int), np.zeros(1, int)))["i"]
     assert np.array_equal(image, pixels.transpose(2, 0, 1).astype(np.float32) / 255)
 
 
@@ -351,7 +397,7 @@ def test_a_control_does_not_stay_in_a_slot():
     gc.collect()
     assert seen() is None
     slot = latents.claim(table(), 1, 1.0, [context(1)])
-    rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
+    rows = arrays(latents.rows(np.array([slot]), np.array([0]), np.array([0])))
     assert not rows["i"].any()
 
 
@@ -371,7 +417,7 @@ def test_rows_bring_the_tokens_of_their_image_prompt():
         latents.claim(table(), 1, 3.0, [context(1), context(0)], image_prompt=prompt)
         for prompt in (image_prompt(5, 0.5), None, image_prompt(7, 2.0))
     ]
-    rows = latents.rows(np.array([slots[0], slots[0], *slots[1:]]), np.array([0, 1, 1, 0]), np.zeros(4, int))
+    rows = arrays(latents.rows(np.array([slots[0], slots[0], *slots[1:]]), np.array([0, 1, 1, 0]), np.zeros(4, int)))
     assert rows["t"].shape == (4, 2, 3)
     assert rows["t"].dtype == rows["s"].dtype == np.float32
     assert rows["t"][:, 0, 0].tolist() == [5, -5, 0, 7]
@@ -383,6 +429,6 @@ def test_an_image_prompt_does_not_stay_in_a_slot():
     latents = Latents(1, SHAPE, CONTEXTS, 50, PROMPTED, image_prompt_room=PROMPT_ROOM)
     latents.release(latents.claim(table(), 1, 1.0, [context(1)], image_prompt=image_prompt(5, 0.5)))
     slot = latents.claim(table(), 1, 1.0, [context(1)])
-    rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
+    rows = arrays(latents.rows(np.array([slot]), np.array([0]), np.array([0])))
     assert not rows["t"].any()
     assert not rows["s"].any()

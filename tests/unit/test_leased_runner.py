@@ -43,7 +43,8 @@ from tests.support.streams import Here
 from tests.unit.test_cache_leadership import Outages
 from tests.unit.test_execution import STEPS, Member, Stage
 
-TTL_S = 0.3
+TTL_S = 1.0
+"""Longer than a busy machine lets a process wait: leases are renewed by real time."""
 FACTS = PictureFacts("x", "generations/a", "simulated/1", STEPS, 0.0)
 NAME, POINTER = "ab01.exact", "ab01/picture/exact.pixels"
 

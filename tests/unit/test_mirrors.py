@@ -52,7 +52,7 @@ async def test_a_bug_ends_the_streams_and_not_only_the_task(pair: Pair) -> None:
 async def test_what_its_owner_has_forgotten_is_not_adopted(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
-    """The answer to writing its record was lost, so the owner accepted it as LOCAL, and has ended it."""
+    """Its request was refused after its record had been written."""
     host, planner = Mock(), Mock()
     planner.digest.return_value = ""
     mirrors = Mirrors(pair.other.context, host, planner, pair.other.owners, "me")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.generations.ownership.rules import (
+    ABSENT_LEASES,
     OTHERS_FIRST_LEASES,
     OWNER_TRANSITIONS,
     PATIENCE_S,
@@ -118,9 +119,10 @@ def test_a_mirror_takes_no_lease_of_what_may_be_written_again_and_adopts_only_wh
 def test_of_what_is_registered_only_what_is_over_is_unregistered(seen: ListedSeen) -> None:
     match decide_listed(seen, LEASE_S):
         case ListedAction.UNREGISTER:
-            assert not seen.owned_here and (not seen.stored or seen.ended)
+            assert not seen.owned_here
+            assert seen.ended or (not seen.stored and seen.unowned_s >= ABSENT_LEASES * LEASE_S)
         case ListedAction.FOLLOW:
             assert seen.stored and seen.readable and seen.can_develop and not seen.owned_here
             assert seen.same_numerics or seen.unowned_s >= OTHERS_FIRST_LEASES * LEASE_S
         case ListedAction.PASS_OVER:
-            assert seen.owned_here or seen.stored
+            assert seen.owned_here or seen.stored or seen.unowned_s < ABSENT_LEASES * LEASE_S

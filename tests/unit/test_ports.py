@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -27,9 +28,13 @@ def test_no_port_is_given_twice(given):
         ports.free_port()
 
 
-def test_another_process_is_not_given_what_this_one_has(given):
+def test_another_process_is_not_given_what_this_one_has(given, tmp_path):
+    """Neither in the temporary folder of another run of the tests."""
     code = f"from load_tests import ports; ports.PORTS = range({given}, {given + 1}); ports.free_port()"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert "is free" in ended.stderr
 
 

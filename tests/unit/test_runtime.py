@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safelight_server.app.server import build_runtime
 from safelight_server.catalog import catalog
-from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS
+from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, STABLE_DIFFUSION_INPUTS, PromptTemplate
 from safelight_server.catalog.tokenizer import Tokenizer, TokenizerGroup
 from safelight_server.domain.component import Component
 from safelight_server.runtime import cores, onnx, verification
@@ -219,6 +219,39 @@ def test_of_tokenizers_with_other_contexts_the_longest_says_what_is_read(icons):
     assert (group.max_tokens, text.num_tokens, text.truncated) == (12, 9, False)
     long = group.encode("red potion " * 6)
     assert (long.num_tokens, long.truncated, long.ids[-1]) == (13, True, at.eos_id)
+
+
+def test_a_template_stands_around_prompts_and_is_cut_with_them(icons):
+    """Z-Image: prompts are messages to a chat model, without a begin token, and the end token is part of the template."""
+    at = icons.get("icons").manifest.tokenizer
+    [file] = MODELS.glob(f"pipelines/icons/*/{at.file}")
+    plain = Tokenizer(file, 16, at.pad_id, at.bos_id, at.eos_id)
+    before, potion, after = (plain.encode(text).ids[1] for text in ("a", "potion", "sword"))
+    made = Tokenizer(file, 5, 7, None, after, ("a ", " sword"))
+    assert made.encode("potion").ids == (before, potion, after, 7, 7)
+    assert made.encode("").ids == (before, after, 7, 7, 7)
+    full = made.encode("potion " * 3)
+    assert (full.ids, full.num_tokens, full.truncated) == ((before, potion, potion, potion, after), 5, False)
+    cut = made.encode("potion " * 4)
+    assert (cut.ids, cut.num_tokens, cut.truncated) == ((before, potion, potion, potion, potion), 6, True)
+
+
+def test_a_template_around_prompts_decides_pixels(icons):
+    manifest = icons.get("").manifest
+    digests = {icons.get("").digest}
+    for before in ("a", "the"):
+        template = PromptTemplate(before=before, after="sword", num_tokens_before=1)
+        changed = manifest.tokenizer.model_copy(update={"template": template})
+        digests.add(catalog.assemble(manifest.model_copy(update={"tokenizer": changed}), {}).digest)
+    assert len(digests) == 3
+
+
+def test_prompts_of_all_lengths_are_verified():
+    """Masks of a denoiser that reads each prompt without its padding; the first prompt is as long as the context."""
+    made = verification.example([verification.InputSpec(ENCODER_MASK_INPUT, (512,))], 16)[ENCODER_MASK_INPUT]
+    lengths = made.sum(axis=1).astype(int)
+    assert np.array_equal(made, np.arange(512) < lengths[:, None])
+    assert lengths[0] == 512 and lengths.min() >= 1 and len(set(lengths)) > 8
 
 
 def test_a_shift_by_size_decides_pixels_and_other_schedules_keep_their_digest(icons):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from safelight_server import __version__
-from safelight_server.app.server import StartError, build_runtime, serving
+from safelight_server.app.errors import StartError
+from safelight_server.app.server import build_runtime, serving
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.settings import REMOVED, Settings, SettingsError, is_loopback, load, misspelt
@@ -81,6 +83,33 @@ def test_certificates_of_clients_need_one_of_the_server():
     with pytest.raises(SettingsError, match="tls_client_ca_file needs tls_cert_file and tls_key_file"):
         load(tls_client_ca_file="clients.pem")
     assert load(tls_client_ca_file="clients.pem", tls_cert_file="a", tls_key_file="b").tls_client_ca_file
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"oidc_issuer": "https://a/b"}, "needs oidc_audience or oidc_required"),
+        ({"oidc_audience": "x"}, "oidc_audience needs oidc_issuer"),
+        ({"oidc_admin": "scope=x"}, "oidc_admin needs oidc_issuer"),
+        ({"oidc_issuer": "http://a", "oidc_audience": "x"}, "must have https"),
+        ({"oidc_issuer": "https://a?b", "oidc_audience": "x"}, "must be https://HOST"),
+        ({"oidc_issuer": "a", "oidc_audience": "x"}, "must be https://HOST"),
+        ({"oidc_issuer": "https://a", "oidc_audience": "x,,y"}, "oidc_audience must be texts"),
+        ({"oidc_issuer": "https://a", "oidc_required": "scope"}, "oidc_required must be CLAIM=VALUE"),
+        ({"oidc_issuer": "https://a", "oidc_required": "a=b", "oidc_admin": "=b"}, "oidc_admin must be CLAIM=VALUE"),
+    ],
+)
+def test_tokens_of_any_service_are_not_accepted(given, fault):
+    with pytest.raises(SettingsError, match=re.escape(fault)):
+        load(**given)
+
+
+def test_an_issuer_is_enough_beyond_loopback():
+    given = {"host": "0.0.0.0", "tls_cert_file": "a", "tls_key_file": "b", "oidc_required": "realm.roles=a b"}
+    assert load(oidc_issuer="https://a", **given).requires_credentials
+    assert load(oidc_issuer="http://127.0.0.1:1/realm", oidc_audience="x, y").oidc_audiences == {"x", "y"}
+    assert load(oidc_issuer="http://keycloak:8080", oidc_audience="x", insecure=True).requires_credentials
+    assert not load().requires_credentials
 
 
 def test_beyond_loopback_needs_tls_and_keys_or_insecure():

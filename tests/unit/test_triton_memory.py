@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from safelight_server.domain.component import Component
 from safelight_server.runtime.base import StableRows
 from safelight_server.runtime.triton.client import CallFailed, Trouble
-from safelight_server.runtime.triton.models import Tensor
+from safelight_server.runtime.triton.models import ServedModel, Tensor, most_rows, weight_bytes
 from safelight_server.runtime.triton.shared_memory import RegionPool, layout, place
+from safelight_server.runtime.verification import InputSpec
 
-KEY = ("m", Component.DENOISER)
+KEY = (("m", Component.DENOISER), ())
 ROWS = 4
 TENSORS = [
     Tensor("sample", (2, 2), (2, 2), "FP32", np.float32),
@@ -53,12 +55,11 @@ def files(pool: RegionPool) -> set[str]:
 
 def inputs(versions, fill=1.0):
     rows = len(versions)
+    context = np.array(versions, np.float32)[:, None] * np.ones((1, 3), np.float32)
     return {
         "sample": np.full((rows, 2, 2), fill, np.float32),
         "timestep": np.arange(rows, dtype=np.float32),
-        "context": StableRows(
-            np.array(versions, np.float32)[:, None] * np.ones((1, 3), np.float32), np.arange(rows), np.array(versions)
-        ),
+        "context": StableRows((3,), np.array(versions), lambda at: context[at]),
     }
 
 
@@ -136,6 +137,24 @@ async def test_rows_keep_their_places_and_only_new_context_is_copied(pool):
     assert region.read("prediction", places)[:, 0, 0].tolist() == [13.5, 21.0, 11.5]
 
 
+async def test_rows_of_zeros_are_written_only_where_something_else_was(pool):
+    region, taken = await pool.take(KEY, TENSORS, ROWS), []
+
+    def take(at):
+        taken.extend(at.tolist())
+        return np.zeros((len(at), 3), np.float32)
+
+    def plain(*versions):
+        return inputs(versions) | {"context": StableRows((3,), np.array(versions), take)}
+
+    region.write(plain(0, 0))
+    assert not taken
+    region.write(inputs([7, 8, 9]))
+    region.write(plain(0, 8, 0))
+    assert taken == [0, 2]
+    assert region._views["context"][:3, 0].tolist() == [0, 8, 0]
+
+
 async def test_results_are_copies(pool):
     region = await pool.take(KEY, TENSORS, ROWS)
     places = region.write(inputs([1]))
@@ -152,7 +171,35 @@ def test_places_are_distinct_and_kept_wherever_that_is_possible(held, wanted):
     assert kept >= len(set(held[: len(wanted)]) & set(wanted))
 
 
-def test_a_size_that_is_not_known_beforehand_has_no_layout():
-    free = Tensor("x", (-1,), (-1,), "FP32", np.float32)
-    assert layout({"x": free}, {}) is None
-    assert layout({"a": TENSORS[0]}, {"b": TENSORS[1]}) == TENSORS[:2]
+def test_a_size_that_is_not_known_beforehand_has_no_layout_before_a_call_at_it():
+    free = Tensor("x", (2, -1), (2, -1), "FP32", np.float32)
+    result = replace(free, name="y")
+    model = ServedModel(4, {"x": free, "context": TENSORS[2]}, {"y": result})
+    assert layout(model) is None
+    context = StableRows((3,), np.array([1]), lambda at: np.ones((len(at), 3), np.float32))
+    given = {"context": context, "x": np.zeros((1, 2, 5), np.float32)}
+    assert model.shapes(given) == ((2, 5),)
+    sized = model.sized(given, {"y": np.zeros((1, 2, 7), np.float32)})
+    assert [tensor.dims for tensor in layout(sized)] == [(2, 5), (3,), (2, 7)]
+    stable = StableRows((2, 6), np.array([1]), lambda at: np.ones((len(at), 2, 6), np.float32))
+    assert model.shapes({"x": stable, "context": context}) == ((2, 6),)
+    closed = ServedModel(4, {"a": TENSORS[0]}, {"b": TENSORS[1]})
+    assert layout(closed) == TENSORS[:2]
+    assert closed.shapes({"a": np.zeros((1, 2, 2), np.float32)}) == ()
+
+
+def test_no_batch_is_larger_than_a_message_of_grpc():
+    def sizes(*edges):
+        return [[InputSpec("images", (2, 3, edge, edge)), InputSpec("ids", (77,), True)] for edge in edges]
+
+    assert most_rows(sizes(64, 128), 64) == 64
+    assert most_rows(sizes(512, 2048), 64) == (2 << 30) // (4 * 2 * 3 * 2048**2 + 8 * 77)
+    assert most_rows(sizes(16384), 64) == 1, "the server tells what is wrong with it"
+
+
+def test_weights_beside_the_network_count_for_its_size(tmp_path):
+    """Else gigabytes of them would be loaded into the gateway, to compare bits."""
+    for name, num_bytes in (("a/model.onnx", 3), ("b/model.onnx", 5), ("b/model.onnx.data", 100)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(num_bytes))
+    assert weight_bytes([tmp_path / "a" / "model.onnx", tmp_path / "b" / "model.onnx"]) == 108

@@ -56,7 +56,7 @@ class Replica:
         )
 
     def name(self, tenant: str, exact: str) -> CacheKeys:
-        return CacheKeys(self.namespaces.of(tenant), exact, "c0")
+        return CacheKeys(self.namespaces.of(tenant), exact, lambda: "c0")
 
     async def finish(self, tenant: str, exact: str, seed: int, at: np.ndarray | None = None) -> None:
         """Stores the checkpoints of a finished output whose prompt has the vector `at`."""

@@ -35,6 +35,7 @@ const (
 	// Makes a picture from a prompt and a picture: `GenerationSpec.init_image`.
 	Task_TASK_IMAGE_TO_IMAGE Task = 2
 	// Develops a part of a picture anew and keeps the rest: `GenerationSpec.mask`.
+	// A model with this task alone needs a picture and a mask in each request.
 	Task_TASK_INPAINTING Task = 3
 )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
-from safelight.client import MAX_MESSAGE_BYTES, PATIENCE_S, RETRIES, Client
+from safelight.client import MAX_MESSAGE_BYTES, PATIENCE_S, RETRIES, Client, TokenSource
 from safelight.events import Event, Picture
 from safelight.request import GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
@@ -96,6 +96,7 @@ class SyncClient:
         target: str | Sequence[str],
         *,
         api_key: str | None = None,
+        token: TokenSource | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         server_name: str = "",
         patience_s: float = PATIENCE_S,
@@ -106,6 +107,7 @@ class SyncClient:
             return Client(
                 target,
                 api_key=api_key,
+                token=token,
                 credentials=credentials,
                 server_name=server_name,
                 patience_s=patience_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import random
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -68,6 +69,8 @@ Call: TypeAlias = (
     " | grpc.aio.UnaryStreamCall[pb.WatchGenerationRequest, pb.WatchGenerationResponse]"
 )
 Answer = TypeVar("Answer")
+TokenSource: TypeAlias = Callable[[], str | Awaitable[str]]
+"""Returns an access token, or awaits it."""
 
 
 class Client:
@@ -77,6 +80,9 @@ class Client:
         target: "host:port", or another form that gRPC supports. Several replicas: a list, or separated by commas. When
             a replica is lost, the next one continues a generation that was accepted as REPLICATED.
         api_key: sent as a bearer token.
+        token: returns the access token of an OpenID provider, or awaits it; called anew for each call, also of a stream
+            that is resumed, so it should return the same token until that is about to expire. A function that does not
+            await runs in a thread. What it raises is raised by the call. Excludes api_key.
         credentials: for TLS; None: plain text.
         server_name: the name in the server's certificate, if it differs from the target's.
         patience_s: how long to try to resume a generation after its last event.
@@ -85,7 +91,7 @@ class Client:
         max_message_bytes: the largest message that is accepted; a larger one is RESOURCE_EXHAUSTED.
 
     Raises:
-        ValueError: "ARGUMENT: WHAT", for a target or an api_key that cannot be used.
+        ValueError: "ARGUMENT: WHAT", for a target, an api_key or a token that cannot be used.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class Client:
         target: str | Sequence[str],
         *,
         api_key: str | None = None,
+        token: TokenSource | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         server_name: str = "",
         patience_s: float = PATIENCE_S,
@@ -103,8 +110,10 @@ class Client:
         if not targets or not all(targets):
             raise ValueError("target: names no server")
         key = (api_key or "").rstrip()
-        if not all("!" <= character <= "~" for character in key):
-            raise ValueError("api_key: must be visible ASCII characters")
+        if key and token is not None:
+            raise ValueError("token: excludes api_key")
+        self._metadata: tuple[tuple[str, str], ...] = _bearer("api_key", key) if key else ()
+        self._token = token
         self._targets = targets
         self._connect = functools.partial(
             _channel, credentials=credentials, server_name=server_name, max_message_bytes=max_message_bytes
@@ -114,7 +123,6 @@ class Client:
         self._patience_s = patience_s
         self._retries = retries
         self._at = 0
-        self._metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {key}"),) if key else ()
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -203,7 +211,7 @@ class Client:
             GenerationError: while it is iterated: there is no such generation, it failed, or it cannot be reached.
         """
         received = Received(self._at, preview_policy(options), generation)
-        return GenerationStream(self._develop(pb.GenerateRequest(), received, timeout_s, list(self._metadata), {}))
+        return GenerationStream(self._develop(pb.GenerateRequest(), received, timeout_s, [], {}))
 
     async def develop(
         self,
@@ -217,7 +225,7 @@ class Client:
         Args:
             images: files of pictures that the request names, by their names; uploaded if the server lacks them.
         """
-        metadata = list(self._metadata)
+        metadata: Metadata = []
         received = Received(self._at, request.preview if request.HasField("preview") else None)
         with tracing.client_span(request, metadata):
             async with aclosing(self._develop(request, received, timeout_s, metadata, images)) as events:
@@ -239,8 +247,9 @@ class Client:
         while True:
             if images and not received.name:
                 await self._upload_missing(images, received, until)
+            headers = [*await self._authorization(), *metadata]
             channel = self._channels[received.at]  # kept as long as the call: it may be given up meanwhile
-            call = self._call(request, received, None if until is None else until - loop.time(), metadata)
+            call = self._call(request, received, None if until is None else until - loop.time(), headers)
             try:
                 async for response in call:
                     if (event := received.take(response.event)) is not None:
@@ -295,9 +304,10 @@ class Client:
         while True:
             file = None
             try:
+                headers = await self._authorization()
                 for file in images.values():
                     timeout_s = None if until is None else until - loop.time()
-                    await upload_missing(self._channels[received.at], self._metadata, file, timeout_s)
+                    await upload_missing(self._channels[received.at], headers, file, timeout_s)
                 return
             except grpc.aio.AioRpcError as error:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
@@ -329,7 +339,18 @@ class Client:
         file = image_file(source, "source")
         if file is None:
             raise ValueError("source: must be bytes or a pathlib.Path")
-        return await self._ask(lambda: upload(self.channel, self._metadata, file))
+        return await self._ask(lambda metadata: upload(self.channel, metadata, file))
+
+    async def _authorization(self) -> tuple[tuple[str, str], ...]:
+        """The metadata by which the server recognizes the caller."""
+        if self._token is None:
+            return self._metadata
+        token: str | Awaitable[str]
+        if inspect.iscoroutinefunction(self._token):
+            token = self._token()
+        else:
+            token = await asyncio.to_thread(self._token)  # it may fetch one, which the streams must not wait for
+        return _bearer("token", (await token if inspect.isawaitable(token) else token).rstrip())
 
     def _call(
         self, request: pb.GenerateRequest, received: Received, timeout_s: float | None, metadata: Metadata
@@ -346,7 +367,7 @@ class Client:
             GenerationError: the call was refused.
         """
         request = pb.GetGenerationRequest(name=generation)
-        return (await self._ask(lambda: self.generations.GetGeneration(request, metadata=self._metadata))).generation
+        return (await self._ask(lambda metadata: self.generations.GetGeneration(request, metadata=metadata))).generation
 
     async def cancel(self, generation: str) -> pb.Generation:
         """Cancels a generation. Returns its final state, with the step that each output had reached.
@@ -355,7 +376,9 @@ class Client:
             GenerationError: the call was refused.
         """
         request = pb.CancelGenerationRequest(name=generation)
-        return (await self._ask(lambda: self.generations.CancelGeneration(request, metadata=self._metadata))).generation
+        return (
+            await self._ask(lambda metadata: self.generations.CancelGeneration(request, metadata=metadata))
+        ).generation
 
     async def models(self) -> list[models_pb2.Model]:
         """Returns all models of the server.
@@ -367,7 +390,7 @@ class Client:
         request = models_pb2.ListModelsRequest()
         while True:
             page = await self._ask(
-                lambda: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=self._metadata)
+                lambda metadata: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=metadata)
             )
             models += page.models
             request.page_token = page.next_page_token
@@ -382,7 +405,7 @@ class Client:
         """
         request = models_pb2.ListModelsRequest(page_size=1)
         page = await self._ask(
-            lambda: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=self._metadata)
+            lambda metadata: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=metadata)
         )
         return list(page.unavailable)
 
@@ -393,7 +416,7 @@ class Client:
             GenerationError: the call was refused.
         """
         request = cache_pb2.GetCacheStatsRequest()
-        return await self._ask(lambda: self._caches.GetCacheStats(request, metadata=self._metadata))
+        return await self._ask(lambda metadata: self._caches.GetCacheStats(request, metadata=metadata))
 
     async def purge_cache(
         self, *, tenant: str = "", model_revision: str = "", generation: str = ""
@@ -404,7 +427,7 @@ class Client:
             GenerationError: the call was refused.
         """
         request = cache_pb2.PurgeCacheRequest(tenant=tenant, model_revision=model_revision, generation=generation)
-        return await self._ask(lambda: self._caches.PurgeCache(request, metadata=self._metadata))
+        return await self._ask(lambda metadata: self._caches.PurgeCache(request, metadata=metadata))
 
     async def quotas(self) -> list[quotas_pb2.TenantQuota]:
         """Returns the quotas of all tenants and what is left of them. For administrators.
@@ -415,24 +438,30 @@ class Client:
         quotas: list[quotas_pb2.TenantQuota] = []
         request = quotas_pb2.ListQuotasRequest(page_size=100)
         while True:
-            page = await self._ask(lambda: self._quotas.ListQuotas(request, metadata=self._metadata))
+            page = await self._ask(lambda metadata: self._quotas.ListQuotas(request, metadata=metadata))
             quotas += page.quotas
             if not page.next_page_token:
                 return quotas
             request.page_token = page.next_page_token
 
-    async def _ask(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _ask(self, call: Callable[[tuple[tuple[str, str], ...]], Awaitable[Answer]]) -> Answer:
         """Makes a call at the current server; if it cannot be reached, at the next servers in turn."""
         for left in reversed(range(len(self._channels))):
             server = self._at
             try:
-                return await call()
+                return await call(await self._authorization())
             except grpc.aio.AioRpcError as error:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[server]))
             if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
                 raise failure from None
             self._next(server)
         raise AssertionError("there is always a server")
+
+
+def _bearer(argument: str, secret: str) -> tuple[tuple[str, str], ...]:
+    if not secret or not all("!" <= character <= "~" for character in secret):
+        raise ValueError(f"{argument}: must be visible ASCII characters")
+    return (("authorization", f"Bearer {secret}"),)
 
 
 def _channel(

@@ -61,10 +61,10 @@ module "network" {
   kms_key_arn = module.key.arn
   log_days    = var.log_days
   # Nodes use ec2, ecr and eks. Roles of pods: sts. The autoscaler: autoscaling. Engines: elasticfilesystem. Logs: logs, monitoring.
-  # Load balancers: elasticloadbalancing.
-  endpoints = [
+  # Load balancers: elasticloadbalancing. The user pool's keys: cognito-idp.
+  endpoints = concat([
     "autoscaling", "ec2", "ecr.api", "ecr.dkr", "eks", "elasticfilesystem", "elasticloadbalancing", "logs", "monitoring", "sts",
-  ]
+  ], length(var.applications) > 0 ? ["cognito-idp"] : [])
 }
 
 module "storage" {
@@ -112,6 +112,13 @@ module "identity" {
   models_bucket_arn    = module.storage.buckets["models"].arn
   artifacts_bucket_arn = module.storage.buckets["artifacts"].arn
   kms_key_arn          = module.key.arn
+}
+
+module "users" {
+  count        = length(var.applications) > 0 ? 1 : 0
+  source       = "../modules/users"
+  name         = var.name
+  applications = var.applications
 }
 
 module "watch" {

@@ -13,7 +13,7 @@ locals {
       enginesClaim = local.engines_claim
     }
     cache    = { s3 = { url = "s3://${module.storage.buckets["artifacts"].name}/entries", region = var.region } }
-    settings = { cache_ttl_s = var.cache_days * 86400 }
+    settings = merge({ cache_ttl_s = var.cache_days * 86400 }, local.oidc_settings)
     # With models of one's own, the list of digests is given to helm. Without them, the profile's placeholder is emptied.
     models = {
       for key, value in {
@@ -21,6 +21,12 @@ locals {
         sha256sums = ""
       } : key => value if key == "url" || var.models_release == ""
     }
+  }
+
+  oidc_settings = length(module.users) == 0 ? {} : {
+    oidc_issuer   = module.users[0].issuer
+    oidc_required = module.users[0].scopes["generate"]
+    oidc_admin    = module.users[0].scopes["admin"]
   }
 
   engines_claim = "safelight-engines-a100"
@@ -90,4 +96,19 @@ output "redis_address" {
 output "role_arns" {
   description = "Roles of service accounts: server (in helm_values), autoscaler (kube-system/cluster-autoscaler)."
   value       = module.identity.role_arns
+}
+
+output "token_url" {
+  description = "Where applications get their tokens. Empty: there are none, and callers have API keys."
+  value       = length(module.users) == 0 ? "" : "https://${module.users[0].domain}.auth.${var.region}.amazoncognito.com/oauth2/token"
+}
+
+output "applications" {
+  description = "The client id of each application. It is the application's tenant, such as in quotas."
+  value       = length(module.users) == 0 ? {} : module.users[0].client_ids
+}
+
+output "user_pool_id" {
+  description = "The user pool, for: aws cognito-idp describe-user-pool-client, which shows the secret of an application."
+  value       = length(module.users) == 0 ? "" : module.users[0].user_pool_id
 }

@@ -177,6 +177,19 @@ variable "service_account" {
   }
 }
 
+variable "applications" {
+  description = "Applications that call with tokens of a user pool of Cognito, each with its scopes, of generate and admin. Empty: no pool; callers have API keys. Their secrets are in the state."
+  type        = map(set(string))
+  default     = {}
+  validation {
+    condition = alltrue([
+      for name, scopes in var.applications :
+      can(regex("^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", name)) && length(scopes) > 0 && length(setsubtract(scopes, ["generate", "admin"])) == 0
+    ])
+    error_message = "applications must be names of letters, digits, underscores and hyphens, each with generate, admin or both: { studio = [\"generate\"] }."
+  }
+}
+
 variable "log_days" {
   description = "How long logs of nodes' network, control plane and pods are kept."
   type        = number

@@ -64,7 +64,7 @@ class GrpcForwarder:
 
         async def forward(incoming: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes, None]:
             metadata = context.invocation_metadata() or ()
-            self._identity.recognize(metadata, context.peer())
+            await self._identity.recognize(metadata, context.peer())
             replica: Replica | None = await self._room.replica()
             num_tries = 0
             with contextlib.closing(CallRequests(incoming)) as requests:

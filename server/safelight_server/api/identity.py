@@ -1,10 +1,11 @@
-"""Recognizes callers: by API key or, on a server without a key file, by the name that the caller gives.
+"""Recognizes callers: by API key, by a token of an OpenID provider or, without both, by the name that the caller gives.
 
 The key file is one JSON object, {"keys": [{"sha256": "…", "caller": "…",
 "tenant": "…", "admin": false}]}; `safelight keys new` makes entries. It holds
 only hashes of keys. A plain SHA-256 is enough, as keys are 256 random bits and
 cannot be guessed. `files.WatchedFile` reads the file again when it changes.
-Invariant: a call costs one look-up and one comparison, however many keys there are.
+Invariant: a call costs one look-up and one comparison, however many keys there are. `tokens.py` checks tokens; what is
+a key of the file is never taken for one.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
-from safelight_server.domain.caller import Caller
+from safelight_server.api.tokens import AccessTokens, looks_like_a_token
+from safelight_server.domain.caller import NAME, NAME_IN_WORDS, Caller
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError, UnauthenticatedError
 from safelight_server.files import ConfigFileError, WatchedFile, faulty
 
-NAME = r"^[A-Za-z0-9._-]{1,64}$"
-NAME_IN_WORDS = "1 to 64 letters, digits, dots, dashes and underscores"
 DEFAULT_TENANT = "default"
 NO_KEY = hashlib.sha256(b"").hexdigest()
 
@@ -66,41 +66,49 @@ class Identity:
     """Recognizes the caller of each call.
 
     Args:
-        key_file: the API keys; None: callers need no key.
-        all_admins: whether callers are administrators on a server without a key file.
+        key_file: the API keys; None: there are none.
+        all_admins: whether callers are administrators on a server with neither keys nor tokens.
+        tokens: recognizes tokens; None: they are not accepted.
 
     Raises:
         ConfigFileError: the file cannot be used.
     """
 
-    def __init__(self, key_file: Path | None, *, all_admins: bool = False) -> None:
+    def __init__(self, key_file: Path | None, *, all_admins: bool = False, tokens: AccessTokens | None = None) -> None:
         self._all_admins = all_admins
+        self._tokens = tokens
         self._file = None if key_file is None else WatchedFile(key_file, lambda data: _parse(key_file, data), "keys")
 
     @property
     def works(self) -> list[Callable[[], Coroutine[None, None, None]]]:
-        """Background work that reads the key file again when it changes."""
-        return [] if self._file is None else [self._file.follow]
+        """Background work that reads the key file, and the provider's keys, again when they change."""
+        works = [] if self._file is None else [self._file.follow]
+        return works if self._tokens is None else [*works, self._tokens.provider.follow]
 
     @property
     def tenants(self) -> frozenset[str]:
-        """The tenants that callers can belong to."""
-        return frozenset({DEFAULT_TENANT}) if self._file is None else self._file.content.tenants
+        """The tenants of the keys, and those that tokens have named lately."""
+        if self._file is None and self._tokens is None:
+            return frozenset({DEFAULT_TENANT})
+        of_keys = frozenset[str]() if self._file is None else self._file.content.tenants
+        return of_keys if self._tokens is None else of_keys | self._tokens.tenants
 
-    def recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller:
-        """Returns the caller of a call.
+    async def recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller:
+        """Returns the caller of a call. Waits only for a provider's key that is not known yet.
 
         Args:
             metadata: the metadata of the call, keys in lower case.
             peer: the address of the client as gRPC gives it, such as "ipv4:127.0.0.1:40000".
 
         Raises:
-            UnauthenticatedError: the server has a key file, and the call has no key or an unknown one.
+            UnauthenticatedError: callers need a key or a token, and the call has none that is valid.
+            TokenNotAllowedError: the token is valid, and its caller may not use this server.
+            UnavailableError: the provider's keys cannot be read now.
             InvalidRequestError: the metadata `safelight-caller` is not a valid name.
         """
         values = {key: value for key, value in metadata if isinstance(value, str)}
-        if self._file is not None:
-            return _find(self._file.content, values.get("authorization", ""))
+        if self._file is not None or self._tokens is not None:
+            return await self._by_credential(values.get("authorization", ""))
         name = values.get("safelight-caller")
         if name is None:
             return Caller(_address(peer), DEFAULT_TENANT, self._all_admins)
@@ -108,18 +116,29 @@ class Identity:
             raise InvalidRequestError([FieldViolation("metadata safelight-caller", f"must be {NAME_IN_WORDS}")])
         return Caller(name, DEFAULT_TENANT, self._all_admins)
 
+    async def _by_credential(self, authorization: str) -> Caller:
+        scheme, _, credential = authorization.partition(" ")
+        credential = credential.strip()
+        digest = hashlib.sha256(credential.encode()).digest()
+        is_bearer = scheme.lower() == "bearer"
+        caller = None if self._file is None else _find(self._file.content, digest)
+        if caller is not None and is_bearer:
+            return caller
+        if self._tokens is not None and is_bearer and looks_like_a_token(credential):
+            return await self._tokens.caller(credential, digest)
+        ways = [] if self._file is None else ["KEY' with a key of this server"]
+        if self._tokens is not None:
+            ways.append(f"TOKEN' with an access token (a JWT) of {self._tokens.provider.issuer}")
+        raise UnauthenticatedError(" or ".join(f"send metadata 'authorization: Bearer {way}" for way in ways))
 
-def _find(keys: _KnownKeys, authorization: str) -> Caller:
-    """The caller whose key the header has. The time that this takes reveals nothing about the existing keys.
+
+def _find(keys: _KnownKeys, digest: bytes) -> Caller | None:
+    """The caller of the key with this SHA-256. The time that this takes reveals nothing about the existing keys.
 
     An attacker who does not know a key cannot choose its SHA-256, so the time of the look-up itself may vary.
     """
-    scheme, _, key = authorization.partition(" ")
-    digest = hashlib.sha256(key.strip().encode()).digest()
     known, caller = keys.callers.get(digest, _UNKNOWN)
-    if not hmac.compare_digest(known, digest) or caller is None or scheme.lower() != "bearer":
-        raise UnauthenticatedError("send metadata 'authorization: Bearer KEY' with a key of this server")
-    return caller
+    return caller if hmac.compare_digest(known, digest) else None
 
 
 def new_key(caller: str, tenant: str, *, admin: bool = False) -> tuple[str, str]:

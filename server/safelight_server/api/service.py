@@ -159,17 +159,6 @@ class Service:
         stream.watcher = self._generations.attach(generation, policy, stream.end, after_sequence, offsets)
         return stream.watcher
 
-    async def _events(self, watcher: Watcher) -> AsyncGenerator[bytes, None]:
-        """The events of a stream. Holds no generation: a client that does not read would keep its pictures."""
-        try:
-            async with aclosing(watcher.events()) as events:
-                async for event in events:
-                    yield event
-        finally:
-            error = self._generations.detach(watcher)
-        if error is not None:
-            raise error
-
     async def update_generation(
         self, request: pb.UpdateGenerationRequest, caller: Caller
     ) -> pb.UpdateGenerationResponse:
@@ -248,11 +237,14 @@ class Service:
         method: Callable[[In, Caller, _Stream], Awaitable[Watcher]],
         request_type: type[In],
     ) -> Handler:
+        service = _service_of(request_type)
+
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
+            # holds no generation: a client that does not read would keep its pictures
             metadata = context.invocation_metadata() or ()
-            caller = self._recognize(metadata, context.peer())
+            caller = await self._recognize(metadata, context.peer())
             known = isinstance(caller, Caller)
-            stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
+            stage = self._tracer.server_call(service, name, metadata, known=known)
             stage.enter()
             stream = _Stream(context, stage)
             failure: SafelightError | None = None
@@ -261,14 +253,19 @@ class Service:
                     raise caller
                 with self._streams.stream(caller):
                     watcher = await method(_parse(request_type, data), caller, stream)
-                    async with aclosing(self._events(watcher)) as events:
-                        async for event in events:
-                            stream.waiting_bytes = len(event)
-                            with stage.within("write"):
-                                yield event
-                            stream.waiting_bytes = 0
-            except SafelightError as error:
-                failure = error.with_traceback(None)  # a traceback would keep the frames of this call
+                    try:
+                        async with aclosing(watcher.events()) as events:
+                            async for event in events:
+                                stream.waiting_bytes = len(event)
+                                with stage.within("write"):
+                                    yield event
+                                stream.waiting_bytes = 0
+                    finally:
+                        error = self._generations.detach(watcher)
+                    if error is not None:
+                        raise error
+            except SafelightError as raised:
+                failure = raised.with_traceback(None)  # a traceback would keep the frames of this call
             except (asyncio.CancelledError, GeneratorExit):
                 stream.end_span_given_up()
                 raise
@@ -309,7 +306,7 @@ class Service:
     ) -> bytes:
         """Runs a unary method in a span of its own."""
         metadata = context.invocation_metadata() or ()
-        caller = self._recognize(metadata, context.peer())
+        caller = await self._recognize(metadata, context.peer())
         known = isinstance(caller, Caller)
         stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
         stage.enter()
@@ -332,10 +329,10 @@ class Service:
         _end_span(stage, None)
         return result.SerializeToString()
 
-    def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
+    async def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
         """The caller, or the error that refuses it. Called before the span begins: only known callers may force one."""
         try:
-            return self._identity.recognize(metadata, peer)
+            return await self._identity.recognize(metadata, peer)
         except SafelightError as error:
             return error.with_traceback(None)
 
@@ -371,6 +368,8 @@ class _Stream:
     def watches(self, generation: Generation) -> None:
         """Describes the generation in the span of this call, and links the span of the call that started it."""
         self._generation, spec = generation.name, generation.request.spec
+        if not self.stage.recorded:
+            return
         self.stage.note(
             {
                 "safelight.generation": generation.name,
@@ -411,6 +410,8 @@ class _Stream:
 
 
 def _end_span(stage: Stage, error: SafelightError | None) -> None:
+    if not stage.recorded:
+        return
     status = grpc.StatusCode.OK if error is None else error.status
     stage.end_call(status.name, int(status.value[0]), "" if error is None else error.reason)
 

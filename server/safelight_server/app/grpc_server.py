@@ -23,6 +23,8 @@ UNKNOWN = b"/safelight/unknown"
 """The registered method that stands for all unknown methods."""
 REQUEST_BYTES = 64 << 10
 """Bytes that a request may have in addition to its two prompts."""
+MAX_KEYLESS_STREAMS = 1024
+"""Bound on the open streams of health and reflection, which need no key: 20 MB, and far more than tools open."""
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),

@@ -75,7 +75,7 @@ class HttpPort:
             healthy,
             max_text_bytes=self._max_body_bytes,
             cors_origins=settings.cors_origins,
-            only_loopback=settings.api_key_file is None and is_loopback(settings.host),
+            only_loopback=not settings.requires_credentials and is_loopback(settings.host),
         )
         tls = None if self._certificate is None else self._certificate.context()
         limits = HttpLimits(settings.http_max_connections, settings.watcher_stall_s)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import structlog
 
-from safelight_server.app.server import Running, StartError, serving
+from safelight_server.app.errors import StartError
+from safelight_server.app.server import Running, serving
 from safelight_server.app.spot import spot_notice
 from safelight_server.settings import Settings
 

@@ -1,6 +1,7 @@
-"""Builds every part of the server, starts it, and drains it (the composition root).
+"""Builds every part of the server and starts it (the composition root).
 
-Only this module knows all parts. It gives each part the settings that concern it.
+Only this module knows all parts. It gives each part the settings that concern it. `listening.py` opens the ports and
+drains.
 """
 
 from __future__ import annotations
@@ -11,32 +12,26 @@ import functools
 import importlib.util
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
-from grpc_health.v1 import health_pb2
 
 from safelight_server.api.call_limits import CallLimits, KeylessQuota
-from safelight_server.api.health import HEALTH_SERVICE, Health
-from safelight_server.api.identity import Identity
+from safelight_server.api.health import HEALTH_SERVICE
 from safelight_server.api.images import ImageCalls, UploadRoom
 from safelight_server.api.quota import StreamQuota
-from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
-from safelight_server.api.service import (
-    CACHE_SERVICE,
-    GENERATION_SERVICE,
-    IMAGE_SERVICE,
-    MODEL_SERVICE,
-    QUOTA_SERVICE,
-    Service,
-)
-from safelight_server.app.address import BindError, bind, sole_listener
+from safelight_server.api.reflection import REFLECTION_SERVICES
+from safelight_server.api.service import Service
+from safelight_server.app.address import BindError, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.app.callers import build_identity
 from safelight_server.app.certificate import CertificateError, ServerCertificate
-from safelight_server.app.grpc_server import make_server, probe_server
+from safelight_server.app.errors import StartError
+from safelight_server.app.grpc_server import MAX_KEYLESS_STREAMS
 from safelight_server.app.http_server import HttpPort
+from safelight_server.app.listening import listening, serving_metrics
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
 from safelight_server.cache.approximate.eviction import LeastBenefit
@@ -77,37 +72,19 @@ from safelight_server.settings import Settings, is_loopback
 from safelight_server.storage.disk import DiskStoreError
 from safelight_server.storage.keyring import KeyringError
 from safelight_server.telemetry import Metrics, Tracing
-from safelight_server.telemetry.background import keep_running
-from safelight_server.telemetry.metrics_server import MetricsServer
 from safelight_server.validation import RequestLimits
 
 log = structlog.get_logger(__name__)
-
-HEALTH_PERIOD_S = 0.25
-"""Pause between two checks of the runtime for the health service."""
-LAST_WORDS_S = 1.0
-"""Least time that open streams get at shutdown to send their last message."""
-
 
 LEAST_PARKED, PARKED_PER_RUNNING = 256, 4
 """Bound on parked outputs, which keep their latents while others have their slots: the larger of the first number and
 the second times the running outputs. No output is preempted beyond it (decision record 0016). With a smaller bound, a
 burst of a higher class would have to wait; each parked output costs the memory of its latents."""
-MAX_KEYLESS_STREAMS = 1024
-"""Bound on the open streams of health and reflection, which need no key: 20 MB, and far more than tools open."""
 TORCH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 """What the extra `torch` installs and the runtime of that name imports."""
 INDEXED_ITEMS = 10_000
 """Per namespace: outputs whose latents others may start from, and newest pictures that are scanned for similar ones.
 The time of a scan grows with it; decision record 0014 has figures."""
-
-
-class StartError(Exception):
-    """The server cannot start; the message says why."""
-
-
-Work = Callable[[], Coroutine[None, None, None]]
-"""A background coroutine that runs until the server ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +177,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         headers, requested_per_s = settings.otlp_header_pairs, settings.trace_requested_per_s
         tracer = Tracing(settings.otlp_endpoint, settings.trace_ratio, headers, requested_per_s)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
-        identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
+        identity = build_identity(settings, all_admins=is_loopback(settings.host), wall=wall)
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
         price = None if settings.price_file is None else compute_price(settings.price_file, settings.instance_type)
         if price is not None:
@@ -302,8 +279,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         await ends.enter_async_context(serving_metrics(metrics, settings))
         keyless = KeylessQuota(MAX_KEYLESS_STREAMS, settings.max_keyless_streams_per_address)
         call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
-        listening = _listening(settings, certificate, service, http, call_limits, engine, generations, works)
-        async with listening as (address, drain):
+        opening = listening(settings, certificate, service, http, call_limits, engine, generations, works)
+        async with opening as (address, drain):
             yield Running(
                 address,
                 catalog,
@@ -317,78 +294,6 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
                 http.address,
                 uploads,
             )
-
-
-@contextlib.asynccontextmanager
-async def _listening(
-    settings: Settings,
-    certificate: ServerCertificate | None,
-    service: Service,
-    http: HttpPort,
-    limits: CallLimits,
-    engine: Engine,
-    generations: Generations,
-    works: Sequence[Work],
-) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
-    """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
-    health = Health()
-    services = (GENERATION_SERVICE, MODEL_SERVICE, IMAGE_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
-    handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
-    server = make_server(settings, limits, handlers)
-    credentials = None if certificate is None else certificate.credentials()
-    try:
-        address = bind(server, settings.host, settings.port, credentials)
-        probed = probe_server(settings, limits, health.handlers())
-    except BindError as error:
-        raise StartError(str(error)) from None
-    draining: list[asyncio.Task[None]] = []
-    try:
-        await http.start(lambda: not draining and not engine.outage.beyond_grace)
-    except CertificateError as error:
-        raise StartError(str(error)) from None
-    except OSError as error:
-        raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
-    servers = [server] if probed is None else [server, probed]
-    for each in servers:
-        await each.start()
-    names = ("", *services)
-    health.set(names, health_pb2.HealthCheckResponse.SERVING)
-    background = [_begin(work) for work in works]
-    following = _begin(functools.partial(follow_health, health, names, engine))
-
-    async def drain(grace_s: float) -> None:
-        until = time.monotonic() + grace_s
-        following.cancel()
-        health.drain()
-        await generations.drain(grace_s)
-        health.end_watches()
-        limits.end_awaited()
-        if grace_s > 0:
-            await limits.quiet(LAST_WORDS_S, lambda: len(draining) > 1)
-        left_s = max(LAST_WORDS_S, until - time.monotonic())  # gRPC and HTTP may still be sending
-        ending_calls = asyncio.get_running_loop().call_later(left_s - LAST_WORDS_S / 2, limits.end_open)
-        await asyncio.gather(*(each.stop(left_s) for each in servers), http.stop(left_s))
-        ending_calls.cancel()
-
-    def start_drain(grace_s: float) -> asyncio.Task[None]:
-        """Starts a drain. A second drain with a shorter grace ends the first one early."""
-        if not draining:
-            log.info("draining", grace_s=grace_s)
-        draining.append(asyncio.create_task(drain(grace_s)))
-        return draining[-1]
-
-    try:
-        yield address, start_drain
-    finally:
-        await start_drain(0.0)
-        for task in background:
-            task.cancel()
-        await asyncio.wait([*background, *draining])
-
-
-def _begin(work: Work) -> asyncio.Task[None]:
-    """Starts a background work as a task, and again after an exception."""
-    return asyncio.create_task(keep_running(work, repr(work)))
 
 
 def _judge(settings: Settings) -> Judge | None:
@@ -461,22 +366,6 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
-async def follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
-    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace.
-
-    `HEALTH_SERVICE` stays SERVING: liveness probes check it, and restarting this process would not help the runtime.
-    """
-    names = [name for name in names if name != HEALTH_SERVICE]
-    current = health_pb2.HealthCheckResponse.SERVING
-    while True:
-        status = health_pb2.HealthCheckResponse
-        now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
-        if now is not current:
-            health.set(names, now)
-            current = now
-        await asyncio.sleep(HEALTH_PERIOD_S)
-
-
 def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
@@ -504,25 +393,3 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
         return ServerCertificate(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
     except CertificateError as error:
         raise StartError(str(error)) from None
-
-
-@contextlib.asynccontextmanager
-async def serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
-    """Serves Prometheus metrics on `metrics_host`; without it on loopback, or on `host` if `insecure` is set.
-
-    There is neither TLS nor a check of keys.
-
-    Raises:
-        StartError: the address is in use or not this machine's.
-    """
-    if not settings.metrics_port:
-        yield
-        return
-    beyond = settings.insecure and not settings.host.startswith("unix:")
-    host = settings.metrics_host or (settings.host if beyond else "127.0.0.1")
-    async with contextlib.AsyncExitStack() as ends:
-        try:
-            await ends.enter_async_context(MetricsServer(metrics.registry).listening(host, settings.metrics_port))
-        except OSError as error:
-            raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
-        yield

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
+from typing import Any
 
 from safelight_server.domain.request import Spec
 
@@ -66,18 +69,27 @@ def derived_seed(key: bytes, what: str) -> int:
     return int.from_bytes(_mac(key, "seed", what.encode())[:8], "big")
 
 
-def exact(pipeline_digest: str, numerics_id: str, spec: Spec, seed: int) -> bytes:
-    """Returns the fingerprint of one output: everything that decides its bits."""
-    content = _comparable(pipeline_digest, numerics_id, spec) | {"tokens": list(spec.token_ids), "seed": seed}
-    return _canonical(content)
+def comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> Mapping[str, object]:
+    """Returns what outputs have in common that differ at most in prompt and seed; their fingerprints are made of it."""
+    fields = {name: _plain(getattr(spec, name)) for name in _DECIDING}
+    return {"pipeline": pipeline_digest, "numerics": numerics_id, "spec": fields}
 
 
-def compatible(pipeline_digest: str, numerics_id: str, spec: Spec) -> bytes:
-    """Returns the fingerprint without prompt and seed.
+def exact(common: Mapping[str, object], token_ids: Sequence[int], seed: int) -> bytes:
+    """Returns the fingerprint of one output: everything that decides its bits.
+
+    Args:
+        common: its `comparable`.
+    """
+    return _canonical({**common, "tokens": list(token_ids), "seed": seed})
+
+
+def compatible(common: Mapping[str, object]) -> bytes:
+    """Returns the fingerprint of a `comparable`, which has no prompt and no seed.
 
     Outputs may share pictures as SIMILAR, and start from each other's latents, only if these are equal.
     """
-    return _canonical(_comparable(pipeline_digest, numerics_id, spec))
+    return _canonical(common)
 
 
 def image_prompt(encoder_digest: str, numerics_id: str, image_digest: str) -> bytes:
@@ -91,27 +103,31 @@ def embedding(encoder_digest: str, numerics_id: str, token_ids: Sequence[int]) -
 
 
 _DECIDING = {field.name for field in dataclasses.fields(Spec)} - STAND_INS - {"seeds", "token_ids"}
-
-
-def _comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> dict[str, object]:
-    fields = {name: _plain(getattr(spec, name)) for name in _DECIDING}
-    return {"pipeline": pipeline_digest, "numerics": numerics_id, "spec": fields}
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+_PLAIN = frozenset({int, str, NoneType})
+"""Types whose equal values have equal JSON. Most values have one of them, such as all token ids."""
 
 
 def _plain(value: object) -> object:
     """A value in a form in which equal numbers have equal JSON: 3 and 3.0, 0.0 and -0.0."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [item if type(item) in _PLAIN else _plain(item) for item in value]
     if dataclasses.is_dataclass(value):
-        return [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return [_plain(getattr(value, name)) for name in _field_names(value.__class__)]
     return value
 
 
-def _canonical(content: dict[str, object]) -> bytes:
-    versioned = content | {"version": VERSION}
-    return json.dumps(versioned, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+@functools.cache
+def _field_names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def _canonical(content: Mapping[str, object]) -> bytes:
+    return _encode({**content, "version": VERSION}).encode()
 
 
 def _mac(key: bytes, purpose: str, content: bytes) -> bytes:

@@ -6,8 +6,8 @@ tenants have different names for the same picture, and a name cannot be used to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from safelight_server.cache import fingerprint
 from safelight_server.cache.fingerprint import IndexKind, SharingScope
@@ -44,12 +44,17 @@ class CacheKeys:
 
     Attributes:
         exact: equal for outputs with equal fingerprints, and so equal pixels.
-        comparable: equal for outputs that differ at most in prompt and seed.
+        make_comparable: makes `comparable`, which exact hits do not need.
     """
 
     namespace: Namespace
     exact: str
-    comparable: str
+    make_comparable: Callable[[], str] = field(compare=False, repr=False)
+
+    @property
+    def comparable(self) -> str:
+        """Equal for outputs that differ at most in prompt and seed."""
+        return self.make_comparable()
 
 
 class Namespaces:
@@ -108,13 +113,13 @@ class Namespaces:
     def output(self, tenant: str, pipeline: Pipeline, numerics_id: str, spec: Spec, seed: int) -> CacheKeys:
         """Returns the names of an output."""
         namespace = self.of(tenant)
-        exact = fingerprint.exact(pipeline.digest, numerics_id, spec, seed)
-        comparable = fingerprint.compatible(pipeline.digest, numerics_id, spec)
-        return CacheKeys(
-            namespace,
-            fingerprint.index_key(namespace.key, IndexKind.EXACT, exact),
-            fingerprint.index_key(namespace.key, IndexKind.COMPATIBLE, comparable),
-        )
+        common = fingerprint.comparable(pipeline.digest, numerics_id, spec)
+        exact = fingerprint.exact(common, spec.token_ids, seed)
+
+        def comparable() -> str:
+            return fingerprint.index_key(namespace.key, IndexKind.COMPATIBLE, fingerprint.compatible(common))
+
+        return CacheKeys(namespace, fingerprint.index_key(namespace.key, IndexKind.EXACT, exact), comparable)
 
     def private(self, generation: str, output_index: int) -> str:
         """Returns a name for an output that shares nothing: 64 hexadecimal digits."""

@@ -123,7 +123,7 @@ def _vector(pipeline: Pipeline, token_ids: Sequence[int], embedding: Embedding) 
     """The mean of the hidden states of the prompt's tokens; of several text encoders those of one."""
     start, at = pipeline.text_tokens
     own = token_ids[start : start + at.max_tokens]
-    return prompt_vector(embedding[HIDDEN_STATE], own, at.eos_id, num_begin_tokens=int(at.bos_id is not None))
+    return prompt_vector(embedding[HIDDEN_STATE], own, at.eos_id, num_begin_tokens=at.num_begin_tokens)
 
 
 def _parsed(entry: Entry, pipeline: Pipeline, num_tokens: int) -> Embedding | None:

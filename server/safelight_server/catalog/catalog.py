@@ -36,7 +36,10 @@ from safelight_server.catalog.manifest import (
     IMAGE_PROMPT_OUTPUTS,
     IMAGE_PROMPT_SCALE_SOURCE,
     IMAGE_PROMPT_TOKENS_SOURCE,
+    INPAINTING_INPUTS,
     LATENT_SOURCE,
+    MASK_SOURCE,
+    MASKED_IMAGE_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
@@ -339,7 +342,8 @@ def _read_tokenizer(manifest: Manifest, folder: Path) -> PromptTokenizer:
 def _open_tokenizer(at: TokenizerFile, folder: Path) -> Tokenizer:
     file = folder / at.file
     try:
-        return Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
+        around = None if at.template is None else (at.template.before, at.template.after)
+        return Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id, around)
     except Exception as error:  # noqa: BLE001  # what tokenizers raises is an Exception and nothing more
         raise ManifestError(f"{file}: {error}") from None
 
@@ -375,6 +379,9 @@ def _digest(manifest: Manifest) -> str:
     for key in ("second_tokenizer", "third_tokenizer"):  # else it is not the digest of before there were any
         if decides[key] is None:
             del decides[key]
+    for key in decides.keys() & {"tokenizer", "second_tokenizer", "third_tokenizer"}:  # likewise
+        if decides[key]["template"] is None:
+            del decides[key]["template"]
     if manifest.torch is not None:  # likewise
         decides["torch"] = dict(manifest.torch.files)
     if manifest.prediction_type != "flow":  # likewise
@@ -439,6 +446,9 @@ def check(manifest: Manifest) -> list[str]:
     if len(set(prompted)) > 1:
         both = " and ".join(IMAGE_PROMPT_INPUTS)
         faults.append(f"image_prompt: goes with a component image_encoder and inputs of {both}")
+    inpainting = set(manifest.inputs.values()) & set(INPAINTING_INPUTS.values())
+    if inpainting and (len(inpainting) < len(INPAINTING_INPUTS) or Component.ENCODER not in manifest.components):
+        faults.append("inputs: mask and masked_image go together, and with a component encoder")
     faults += _check_tokenizers(manifest)
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
@@ -504,6 +514,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
         shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), GUIDANCE_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
+        shapes |= {MASK_SOURCE: (1, *latent[1:]), MASKED_IMAGE_SOURCE: latent}
         if (room := manifest.adapters) is not None:
             shapes |= {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}
         if count := len(manifest.controls):

@@ -29,7 +29,7 @@ from tritonclient.grpc.model_config_pb2 import (
 )
 
 from safelight_server.catalog.catalog import assemble
-from safelight_server.catalog.manifest import CONTROL_IMAGES_SOURCE, Manifest
+from safelight_server.catalog.manifest import CONTROL_IMAGES_SOURCE, MASK_SOURCE, Manifest
 from safelight_server.domain.component import Component
 
 ENGINES = "/var/cache/safelight/engines"
@@ -246,6 +246,8 @@ def dims_by_size(config: ModelConfig, use: ModelUse) -> list[Dims]:
             whole = shapes.picture if tensor.name == "image" else shapes.latent
             if tensor.name == CONTROL_IMAGES_SOURCE:
                 whole = given[:1] + shapes.picture
+            if tensor.name == MASK_SOURCE:
+                whole = given[:1] + shapes.latent[1:]
             if -1 in given and (
                 len(given) != len(whole) or any(a not in (-1, b) for a, b in zip(given, whole, strict=False))
             ):

@@ -42,11 +42,27 @@ class TorchFiles(_Strict):
     files: Annotated[Mapping[str, str], Field(min_length=1)]
 
 
+class PromptTemplate(_Strict):
+    """What a text encoder that was trained as a chat model reads around a prompt.
+
+    Attributes:
+        before: the text before the prompt.
+        after: the text after it. It may hold the names of special tokens, as `before` may.
+        num_tokens_before: tokens of `before`.
+    """
+
+    before: str
+    after: str
+    num_tokens_before: Annotated[int, Field(ge=0)]
+
+
 class TokenizerFile(_Strict):
     """A `tokenizers` file beside the manifest, and the special tokens around a prompt.
 
     Attributes:
         bos_id: null where prompts have no begin token, as for T5.
+        eos_id: the token behind a prompt.
+        template: text around a prompt, in place of a begin and an end token; null: there is none.
     """
 
     file: str
@@ -55,6 +71,12 @@ class TokenizerFile(_Strict):
     pad_id: int
     bos_id: int | None
     eos_id: int
+    template: PromptTemplate | None = None
+
+    @property
+    def num_begin_tokens(self) -> int:
+        """Tokens that stand before those of a prompt."""
+        return int(self.bos_id is not None) if self.template is None else self.template.num_tokens_before
 
 
 class Latent(_Strict):
@@ -207,6 +229,8 @@ class Quantization(_Strict):
 HIDDEN_STATE = "last_hidden_state"
 """The output of the text encoder that every pipeline has: the embedding (T, D), by which prompts are compared."""
 POOLED_OUTPUT = "pooled_output"
+ATTENTION_MASK = "attention_mask"
+"""(T,), 1 for the rows of the hidden state that stand for tokens of the prompt, 0 for those behind them, of padding."""
 ENCODER_SOURCE = "encoder:"
 LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_ids"
 ADAPTER_WEIGHTS_SOURCE, ADAPTER_SCALES_SOURCE = "adapter_weights", "adapter_scales"
@@ -223,6 +247,9 @@ IMAGE_PROMPT_INPUTS = {
 """What a denoiser is given beside its other inputs where its rows can have an image prompt."""
 IMAGE_PROMPT_OUTPUTS = ("tokens", "negative_tokens")
 """What the image encoder makes of a picture: for the rows with the prompt, and for those with the negative prompt."""
+MASK_SOURCE, MASKED_IMAGE_SOURCE = "mask", "masked_image"
+INPAINTING_INPUTS = {"mask": MASK_SOURCE, "masked_image": MASKED_IMAGE_SOURCE}
+"""What a denoiser that only inpaints is given beside its other inputs."""
 GUIDANCE_SOURCE = "scalar:guidance"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
@@ -236,13 +263,16 @@ STABLE_DIFFUSION_XL_INPUTS = {
 }
 TRANSFORMER_INPUTS = {**STABLE_DIFFUSION_INPUTS, "pooled_projections": ENCODER_SOURCE + POOLED_OUTPUT}
 """Of Stable Diffusion 3 and of FLUX; FLUX.1-dev has "guidance" as well, from `GUIDANCE_SOURCE`."""
+ENCODER_MASK_INPUT = "encoder_attention_mask"
+Z_IMAGE_INPUTS = {**STABLE_DIFFUSION_INPUTS, ENCODER_MASK_INPUT: ENCODER_SOURCE + ATTENTION_MASK}
+"""Of a denoiser that reads prompts of different lengths, each without its padding."""
 CONTEXT_TOKENIZERS = {"stable-diffusion-3": (0, 2), "flux": (1,)}
 """By family the places of the tokenizers for whose tokens the hidden state has a row each; of others the first."""
 InputSource = Annotated[
     str,
     Field(
         pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|control_images"
-        r"|control_scales|image_prompt_tokens|image_prompt_scale|encoder:[A-Za-z0-9_]+)$"
+        r"|control_scales|image_prompt_tokens|image_prompt_scale|mask|masked_image|encoder:[A-Za-z0-9_]+)$"
     ),
 ]
 ControlName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -309,7 +339,9 @@ class Manifest(_Strict):
             was distilled with it), or "size_ids" (the picture's height and width, a crop of zero, and height and width
             again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
             "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`), "image_prompt_tokens" and
-            "image_prompt_scale" its image prompt (`ImagePromptRoom`).
+            "image_prompt_scale" its image prompt (`ImagePromptRoom`). A denoiser that was trained to inpaint (Rombach
+            et al. 2022, section 4.5) has "mask" (1, h, w), 1 where a picture is developed anew and 0 where it is kept,
+            and "masked_image" (C, h, w), the latent of the picture without the part that is developed anew.
         adapters: the room for adapters; None: the denoiser takes none.
         controls: the names of the K control networks (ControlNet, Zhang et al. 2023) that are part of the denoiser. A
             row is given "control_images" (K, 3, H, W) in [0, 1], a picture for each, and "control_scales" (K,), the
@@ -322,7 +354,7 @@ class Manifest(_Strict):
     revision: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
     description: str
     license: str
-    family: Literal["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux"]
+    family: Literal["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "z-image"]
     components: Mapping[Component, ComponentFile]
     tokenizer: TokenizerFile
     second_tokenizer: TokenizerFile | None = None
@@ -360,3 +392,8 @@ class Manifest(_Strict):
     def is_guidance_distilled(self) -> bool:
         """Whether the denoiser is given the guidance scale itself, so that a step needs no row without the prompt."""
         return GUIDANCE_SOURCE in self.inputs.values()
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the denoiser is given a mask and what of a picture is kept, so that each request needs both."""
+        return MASK_SOURCE in self.inputs.values()

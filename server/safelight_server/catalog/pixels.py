@@ -37,10 +37,30 @@ def denoiser_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
     return (latent - np.float32(at.shift_factor)) * np.float32(at.scaling_factor)
 
 
-def encoder_image(pixels: npt.NDArray[np.uint8]) -> FloatArray:
-    """Converts RGB bytes (H, W, 3) to the encoder's input, (3, H, W) in [-1, 1], like diffusers' image processor."""
+def encoder_image(pixels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8] | None = None) -> FloatArray:
+    """Converts RGB bytes (H, W, 3) to the encoder's input, (3, H, W) in [-1, 1], like diffusers' image processor.
+
+    Args:
+        mask: (H, W); what it develops anew is left out: 0, a grey that no byte stands for. None: nothing is.
+    """
     shares = pixels.astype(np.float32).transpose(2, 0, 1) / np.float32(255)
-    return np.ascontiguousarray(np.float32(2) * shares - np.float32(1))
+    image = np.float32(2) * shares - np.float32(1)
+    return np.ascontiguousarray(image if mask is None else image * ~is_anew(mask))
+
+
+def is_anew(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Where an inpainting denoiser develops anew: it takes no grey, and diffusers draws the line at one half."""
+    return mask >= 128
+
+
+def sampled_mask(mask: npt.NDArray[np.uint8], size: tuple[int, ...]) -> FloatArray:
+    """A mask (H, W) as an inpainting denoiser takes it, (1, h, w): 0 or 1, by the first pixel of each block.
+
+    Not their mean: the network was trained on masks that were shrunk so, as diffusers does.
+    """
+    height, width = size
+    first = mask[:: mask.shape[0] // height, :: mask.shape[1] // width]
+    return is_anew(first).astype(np.float32)[None]
 
 
 def shrunk_mask(mask: npt.NDArray[np.uint8], size: tuple[int, ...]) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Turns prompts into token ids with the library `tokenizers`, as transformers' CLIPTokenizer and T5Tokenizer do."""
+"""Turns prompts into token ids with the library `tokenizers`, as those of transformers do (CLIP's, T5's, Qwen's)."""
 
 from __future__ import annotations
 
@@ -28,24 +28,44 @@ class Tokenizer:
 
     Args:
         bos_id: the begin token; None: there is none.
+        around: the text before and the text after each prompt, in place of a begin and an end token. It is cut with
+            the prompt, as the chat template of transformers is.
     """
 
-    def __init__(self, file: Path, max_tokens: int, pad_id: int, bos_id: int | None, eos_id: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        max_tokens: int,
+        pad_id: int,
+        bos_id: int | None,
+        eos_id: int,
+        around: tuple[str, str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
         self._pad_id, self._eos_id = pad_id, eos_id
         self._begin = () if bos_id is None else (bos_id,)
+        self._around = around
 
     def encode(self, text: str) -> Tokens:
         """Token ids of `text`, cut and padded to `max_tokens`, special tokens included."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        around = len(self._begin) + 1
-        room = self.max_tokens - around
-        kept = [*self._begin, *ids[:room], self._eos_id]
+        if self._around is not None:
+            before, after = self._around
+            ids = self._ids(before + text + after)
+            return self._padded(ids[: self.max_tokens], len(ids))
+        ids, num_special = self._ids(text), len(self._begin) + 1
+        kept = [*self._begin, *ids[: self.max_tokens - num_special], self._eos_id]
+        return self._padded(kept, len(ids) + num_special)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _padded(self, kept: list[int], num_tokens: int) -> Tokens:
         padding = [self._pad_id] * (self.max_tokens - len(kept))
-        return Tokens((*kept, *padding), len(ids) + around, len(ids) > room)
+        return Tokens((*kept, *padding), num_tokens, num_tokens > self.max_tokens)
 
 
 class TokenizerGroup:

@@ -25,10 +25,12 @@ from safelight_server.api.health import HEALTH_SERVICE, Health
 from safelight_server.api.identity import Identity
 from safelight_server.api.images import UploadRoom
 from safelight_server.app.address import BindError, bind
+from safelight_server.app.callers import build_identity
 from safelight_server.app.certificate import CertificateError, ServerCertificate
-from safelight_server.app.grpc_server import make_server, probe_server
+from safelight_server.app.errors import StartError
+from safelight_server.app.grpc_server import MAX_KEYLESS_STREAMS, make_server, probe_server
 from safelight_server.app.http_server import max_body_bytes
-from safelight_server.app.server import MAX_KEYLESS_STREAMS, StartError, serving_metrics
+from safelight_server.app.listening import serving_metrics
 from safelight_server.files import ConfigFileError
 from safelight_server.http.calls import Calls
 from safelight_server.http.edits import NUM_FILES
@@ -83,7 +85,7 @@ async def _serve(settings: Settings, fleet: Fleet, connector: Connector, max_hel
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     metrics = Metrics()
-    identity = Identity(settings.api_key_file)
+    identity = build_identity(settings)
     replicas = ConnectedReplicas(fleet, connector)
     room = WaitingRoom(replicas, max_held=max_held, hold_s=hold_s, registry=metrics.registry)
     keyless = KeylessQuota(MAX_KEYLESS_STREAMS, settings.max_keyless_streams_per_address)
@@ -147,7 +149,7 @@ async def _http(
         WholeBodyReader(UploadRoom(settings.max_image_bytes), NUM_FILES * settings.max_image_bytes + most),
         lambda: not stop.is_set(),
         cors_origins=settings.cors_origins,
-        only_loopback=settings.api_key_file is None and is_loopback(settings.host),
+        only_loopback=not settings.requires_credentials and is_loopback(settings.host),
     )
     tls = None if certificate is None else certificate.context()
     limits = HttpLimits(settings.http_max_connections, settings.watcher_stall_s)

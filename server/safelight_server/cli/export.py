@@ -118,6 +118,8 @@ def export(
     exported = folder / "pipeline.json"
     if not (quantize and exported.is_file()):
         planned = plan.make(folder, options)
+        if quantize and planned.is_inpainting:
+            raise ExportError("--quantize: does not calibrate with pictures and masks, as a UNet that inpaints needs")
         for line in _summary(planned):
             typer.echo(line)
     if quantize:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import grpc
 import structlog
@@ -21,22 +20,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 from safelight import (
-    Branch,
-    CacheMode,
-    Client,
-    Control,
     GenerationError,
-    GetCacheStatsResponse,
-    PurgeCacheResponse,
-    QualityFloor,
     TenantQuota,
 )
 
 from safelight_server import __version__
 from safelight_server import settings as settings_module
 from safelight_server.api.identity import new_key
+from safelight_server.app.errors import StartError
 from safelight_server.app.process import serve
-from safelight_server.app.server import Running, StartError
+from safelight_server.app.server import Running
 from safelight_server.catalog import export as repositories
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
@@ -44,9 +37,22 @@ from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.activator import activator
 from safelight_server.cli.bills import BillsError, bills
+from safelight_server.cli.cache import caches
+from safelight_server.cli.command import (
+    DEFAULT_TARGET,
+    ApiKey,
+    CaFile,
+    ClientCert,
+    CommandError,
+    ServerName,
+    Target,
+    connect_with,
+    run,
+)
 from safelight_server.cli.export import export
 from safelight_server.cli.export_judge import export_judge
 from safelight_server.cli.fetch import FetchError, fetch
+from safelight_server.cli.generate import generate, parse_adapters
 from safelight_server.cli.plan import PlanError, plan
 from safelight_server.cli.quotas import quota_table
 from safelight_server.cli.scaler import scaler
@@ -59,7 +65,6 @@ from safelight_server.telemetry import configure_logging
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
 keys = typer.Typer(no_args_is_help=True, help="Make API keys for callers, and keys that encrypt cached data.")
 app.add_typer(keys, name="keys")
-caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
 app.add_typer(caches, name="cache")
 app.command()(activator)
 app.command()(bills)
@@ -70,40 +75,6 @@ app.command()(export_judge)
 app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
-
-DEFAULT_TARGET = "127.0.0.1:8421"
-MAX_STEP = 2**31 - 1
-"""Largest value of the protocol's field for steps (int32); the server checks the real limit."""
-Steps = Annotated[int | None, typer.Option("--steps", min=-MAX_STEP, max=MAX_STEP, help="Denoising steps.")]
-Target = Annotated[str, typer.Option("--target", envvar="SAFELIGHT_TARGET", help="Address of the server.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="SAFELIGHT_API_KEY", help="Key of the caller.")]
-CaFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--ca-file", envvar="SAFELIGHT_CA_FILE", help="PEM of the server's certificate authority; turns TLS on."
-    ),
-]
-ClientCert = Annotated[
-    Path | None,
-    typer.Option(
-        "--client-cert-file",
-        envvar="SAFELIGHT_CLIENT_CERT_FILE",
-        help="PEM of the caller's own certificate and its key, for a server that requires one.",
-    ),
-]
-ServerName = Annotated[
-    str,
-    typer.Option("--server-name", envvar="SAFELIGHT_SERVER_NAME", help="Name in the certificate, if not the target's."),
-]
-
-
-OPTIONS = {"target": "--target / SAFELIGHT_TARGET", "api_key": "--api-key / SAFELIGHT_API_KEY"}
-"""Arguments of `safelight.Client`, by the names of their options here."""
-
-
-class CommandError(Exception):
-    """A command failed; the message is the one line that the user sees."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -179,175 +150,7 @@ def _summary(running: Running, settings: Settings) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    out: Annotated[Path, typer.Option(help="File to write: .png, .jpg or .webp.")] = Path("picture.png"),
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed; default: random.")] = None,
-    steps: Steps = None,
-    guidance_scale: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 means none.")] = None,
-    sampler: Annotated[str, typer.Option(help="Sampler, such as ddim or euler.")] = "",
-    negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
-    model: Annotated[str, typer.Option(help="Id of the model.")] = "",
-    timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
-    cache: Annotated[CacheMode, typer.Option(help="Which cached results may be used.")] = "default",
-    branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
-    init: Annotated[
-        str, typer.Option(metavar="FILE", help="Picture to start from: PNG, JPEG or WebP, or generations/ID.")
-    ] = "",
-    strength: Annotated[
-        float | None, typer.Option(help="How much of the init picture may change, up to 1. Default: 0.8.")
-    ] = None,
-    mask: Annotated[
-        str, typer.Option(metavar="FILE", help="Mask: only its white or transparent part is developed anew.")
-    ] = "",
-    guidance_rescale: Annotated[
-        float | None, typer.Option(help="How far the contrast that guidance adds is reduced, 0 to 1.")
-    ] = None,
-    guidance_interval: Annotated[
-        str, typer.Option(metavar="START:END", help="Guidance only in these steps, as shares: 0.2:0.8.")
-    ] = "",
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME:SCALE", help="Adapter (LoRA) of the model, with its factor; may be repeated."),
-    ] = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE:SCALE:START:END",
-            help="Picture for a control network (ControlNet) of the model, with its factor, and where it acts as shares"
-            " of the steps; all but NAME=FILE may be left out. May be repeated.",
-        ),
-    ] = None,
-    image_prompt: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Picture that says what to draw beside the prompt: a file, or generations/ID/outputs/0.",
-        ),
-    ] = "",
-    image_prompt_scale: Annotated[
-        float | None, typer.Option(help="How much the image prompt counts, 0 to 2. Default: 1.")
-    ] = None,
-    floor_steps: Annotated[
-        int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: accept so few steps.")
-    ] = None,
-    floor_previews: Annotated[
-        bool, typer.Option("--floor-previews", help="Under load: accept coarse previews.")
-    ] = False,
-    floor_similarity: Annotated[
-        float | None, typer.Option(help="Under load: accept a picture of a prompt so similar, up to 1.")
-    ] = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    ca_file: CaFile = None,
-    client_cert: ClientCert = None,
-    server_name: ServerName = "",
-) -> None:
-    """Request one picture of a running server and watch it develop."""
-    media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
-    if media_type is None:
-        raise CommandError(f"--out {out}: the extension must be .png, .jpg or .webp")
-    _check_text(
-        {"PROMPT": prompt, "--negative": negative_prompt, "--model": model, "--sampler": sampler, "--branch": branch}
-        | {"--adapter": " ".join(adapter or ()), "--control": " ".join(control or ())}
-    )
-    order = demos.DemoRequest(
-        prompt,
-        seed,
-        steps,
-        guidance_scale,
-        sampler,
-        negative_prompt,
-        model,
-        media_type,
-        timeout_s,
-        cache,
-        _branch(branch) if branch else None,
-        _picture(init),
-        strength,
-        _picture(mask),
-        guidance_rescale,
-        _interval(guidance_interval) if guidance_interval else None,
-        _quality_floor(floor_steps, floor_previews, floor_similarity),
-        _adapters(adapter or ()),
-        _controls(control or ()),
-        _picture(image_prompt),
-        image_prompt_scale,
-    )
-    picture, developed = _run(
-        demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
-    )
-    try:
-        out.write_bytes(picture.data)
-    except OSError as error:
-        raise CommandError(f"{out}: {error.strerror}") from None
-    size = f"{picture.width_px}x{picture.height_px}"
-    console.print(f"{out}  {size}  seed {picture.seed}  {developed.figures()}", highlight=False, soft_wrap=True)
-    console.print(developed.origin(), highlight=False, soft_wrap=True)
-
-
-def _picture(source: str) -> Path | str | None:
-    """The argument as a file, or as the name of a picture that the server has."""
-    return source if source.startswith(("generations/", "images/")) else Path(source) if source else None
-
-
-def _interval(text: str) -> tuple[float, float]:
-    start, _, end = text.partition(":")
-    try:
-        return float(start), float(end)
-    except ValueError:
-        raise CommandError(f"--guidance-interval {text}: must be START:END, such as 0.2:0.8") from None
-
-
-def _adapters(given: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for text in given:
-        name, colon, scale = text.rpartition(":")
-        name = name if colon else text
-        if name in found:
-            raise CommandError(f"--adapter {text}: {name} is there twice")
-        try:
-            found[name] = float(scale) if colon else 1.0
-        except ValueError:
-            raise CommandError(f"--adapter {text}: must be NAME:SCALE, such as pixel:0.8, or NAME") from None
-    return found
-
-
-def _controls(given: Sequence[str]) -> list[Control]:
-    found = []
-    for text in given:
-        name, _, rest = text.partition("=")
-        file, *numbers = rest.split(":")
-        source, values = _picture(file), [_number(number) for number in numbers]
-        if not name or source is None or None in values or len(values) > 3:
-            what = "must be NAME=FILE, or NAME=FILE:SCALE:START:END such as canny=edges.png:0.8:0:0.5"
-            raise CommandError(f"--control {text}: {what}")
-        found.append(Control(name, source, *values))
-    return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _quality_floor(steps: int | None, previews: bool, similarity: float | None) -> QualityFloor | None:
-    if steps is None and not previews and similarity is None:
-        return None
-    return QualityFloor(min_num_steps=steps, cheaper_previews=previews, min_similarity=similarity)
-
-
-def _branch(text: str) -> Branch:
-    generation, _, step = text.partition("@")
-    if not step.isdecimal():
-        raise CommandError(f"--branch {text}: must be generations/ID@STEP")
-    return Branch(generation=generation, step=min(int(step), MAX_STEP))
+app.command()(generate)
 
 
 @app.command()
@@ -362,7 +165,7 @@ def demo(
     """Start a server, develop several pictures at once, show them, write them, stop the server."""
     settings = settings_module.load(port=0, models_dir=models_dir, log_level="warning")
     configure_logging("console", "warning")
-    _run(demos.demo(settings, out, console, _adapters(adapter or ())))
+    run(demos.demo(settings, out, console, parse_adapters(adapter or ())))
 
 
 @app.command()
@@ -377,7 +180,7 @@ def models(
     ] = False,
 ) -> None:
     """List the models of a server."""
-    connect = _connect(target, api_key, ca_file, client_cert, server_name)
+    connect = connect_with(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> None:
         async with connect() as client:
@@ -410,7 +213,7 @@ def models(
                     markup=False,
                 )
 
-    _run(ask())
+    run(ask())
 
 
 @app.command()
@@ -421,7 +224,7 @@ def health(
     server_name: ServerName = "",
 ) -> None:
     """Exit with 0 if a server is serving; for container health checks."""
-    connect = _connect(target, None, ca_file, client_cert, server_name)
+    connect = connect_with(target, None, ca_file, client_cert, server_name)
 
     async def ask() -> int:
         async with connect() as client:
@@ -432,7 +235,7 @@ def health(
                 raise CommandError(f"{target}: {error.details()}") from None
             return int(answer.status)
 
-    if _run(ask()) != health_pb2.HealthCheckResponse.SERVING:
+    if run(ask()) != health_pb2.HealthCheckResponse.SERVING:
         raise CommandError(f"{target}: not serving")
     console.print("serving")
 
@@ -496,108 +299,13 @@ def quotas(
     server_name: ServerName = "",
 ) -> None:
     """Show the quotas of tenants and what is left of them; needs an administrator's key."""
-    connect = _connect(target, api_key, ca_file, client_cert, server_name)
+    connect = connect_with(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> list[TenantQuota]:
         async with connect() as client:
             return await client.quotas()
 
-    console.print(quota_table(_run(ask())))
-
-
-@caches.command("stats")
-def cache_stats(
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    ca_file: CaFile = None,
-    client_cert: ClientCert = None,
-    server_name: ServerName = "",
-) -> None:
-    """Show what the caches of a replica hold and have saved."""
-    connect = _connect(target, api_key, ca_file, client_cert, server_name)
-
-    async def ask() -> GetCacheStatsResponse:
-        async with connect() as client:
-            return await client.cache_stats()
-
-    stats = _run(ask())
-    shown = [Table("served", "outputs", "steps saved", "compute saved")]
-    for hits in stats.hits:
-        seconds = hits.compute_saved.ToNanoseconds() / 1e9
-        shown[-1].add_row(hits.kind, f"{hits.num_outputs}", f"{hits.num_steps_saved}", f"{seconds:.1f} s")
-    shown.append(Table("tier", "entries", "MB"))
-    for tier in stats.tiers:
-        shown[-1].add_row(tier.name, f"{tier.num_entries}", f"{tier.num_bytes / 1e6:.1f}")
-    shown.append(Table("looked for", "times", "p50", "p99"))
-    for lookups in stats.lookups:
-        p50, p99 = (f"{at.ToNanoseconds() / 1e6:.2f} ms" for at in (lookups.p50, lookups.p99))
-        shown[-1].add_row(lookups.kind, f"{lookups.num_lookups}", p50, p99)
-    for table in shown:
-        console.print(table)
-    console.print(f"rejected by the text guard: {stats.num_guard_rejections}; not kept: {stats.num_not_kept}")
-
-
-@caches.command("purge")
-def cache_purge(
-    tenant: Annotated[str, typer.Option(help="Name of a tenant; if it is in a pool, the whole pool is purged.")] = "",
-    model_revision: Annotated[str, typer.Option(help="MODEL/REVISION, such as icons/3.")] = "",
-    generation: Annotated[str, typer.Option(help="generations/ID.")] = "",
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    ca_file: CaFile = None,
-    client_cert: ClientCert = None,
-    server_name: ServerName = "",
-) -> None:
-    """Delete the entries that match all given options, from all tiers and on all replicas."""
-    connect = _connect(target, api_key, ca_file, client_cert, server_name)
-
-    async def ask() -> PurgeCacheResponse:
-        async with connect() as client:
-            return await client.purge_cache(tenant=tenant, model_revision=model_revision, generation=generation)
-
-    purged = _run(ask())
-    counts = ", ".join(f"{tier.num_entries} from {tier.name}" for tier in purged.tiers) or "nothing"
-    console.print(f"deleted {counts}", highlight=False)
-    if purged.failed_tiers:
-        raise CommandError(f"could not clear {', '.join(purged.failed_tiers)}: purge again when they work")
-
-
-def _connect(
-    target: str, api_key: str | None, ca_file: Path | None, client_cert: Path | None, server_name: str
-) -> Callable[[], Client]:
-    """Checks the connection options. Returns a function that makes the client, to be called in the event loop."""
-    if client_cert is not None and ca_file is None:
-        raise CommandError("--client-cert-file / SAFELIGHT_CLIENT_CERT_FILE: needs --ca-file / SAFELIGHT_CA_FILE")
-    credentials = None
-    try:
-        if ca_file is not None:
-            own = None if client_cert is None else client_cert.read_bytes()  # has both the key and the chain
-            credentials = grpc.ssl_channel_credentials(ca_file.read_bytes(), own, own)
-    except OSError as error:
-        raise CommandError(f"{error.filename}: {error.strerror}") from None
-
-    def connect() -> Client:
-        try:
-            return Client(target, api_key=api_key, credentials=credentials, server_name=server_name)
-        except ValueError as error:
-            argument, _, what = str(error).partition(": ")
-            raise CommandError(f"{OPTIONS[argument]}: {what}") from None
-
-    _check_text({OPTIONS["target"]: target, "--server-name": server_name})
-    return connect
-
-
-def _check_text(given: Mapping[str, str]) -> None:
-    """Refuses arguments that are not UTF-8: Python decodes bad bytes to surrogates, which protobuf refuses."""
-    for option, text in given.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise CommandError(f"{option}: is not UTF-8") from None
-
-
-def _run(work: Coroutine[object, object, T]) -> T:
-    return uvloop.run(work)
+    console.print(quota_table(run(ask())))
 
 
 def main() -> None:

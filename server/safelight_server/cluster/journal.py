@@ -93,6 +93,11 @@ class Journal:
         data = dump(self._sealer, self._leader.lease.name, written)
         self._take(functools.partial(self._leader.publish, data), show)
 
+    def rewrite(self, write: Write, began_s: float) -> None:
+        """Queues the write of the record, which began at `began_s` on the monotonic clock and was not answered."""
+        self._take(write, _nothing)
+        self._show(self._lines.failed(began_s, time.monotonic(), held=self.held))
+
     def end(self, settle: Callable[[], Awaitable[None]]) -> None:
         """Runs `settle` and releases the lease once everything is written or was given up; does not wait for that."""
         self._settle = settle
@@ -116,12 +121,16 @@ class Journal:
 
     async def abandon(self) -> None:
         """Drops what is not written and releases the lease."""
+        await self.stop()
+        await self._leader.close()
+
+    async def stop(self) -> None:
+        """Drops what is not written and keeps the lease."""
         self._lines.close()
         tasks = {task for task in (self._lost_watch, self._task) if task is not None}
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        await self._leader.close()
 
     def _take(self, write: Write, show: Callable[[], None] | None) -> None:
         if self.lost and not self._lines.open:
@@ -189,3 +198,7 @@ class Journal:
             if line.show is not None:
                 show, line.show = line.show, None
                 show()
+
+
+def _nothing() -> None:
+    """Shows a line that no stream sees."""

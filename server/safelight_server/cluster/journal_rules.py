@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Generic, TypeVar
 
 RETRY_S = 0.5
-"""Pause before a failed write is tried again. A try that began or ended less than twice this time ago is recent."""
+"""Pause before a failed write is tried again. A try that ended less than twice this time ago is recent."""
 GIVE_UP_S = 300.0
 """How long after its end a generation tries to write its last lines. A running generation never gives up."""
 
@@ -33,7 +33,7 @@ class JournalState(Enum):
 
 
 class JournalInput(Enum):
-    """What happens to a journal. CERTAIN: the lease is certainly held, or the last try to write was recent."""
+    """What happens to a journal. CERTAIN: the lease is certainly held, or the last try was short and is recent."""
 
     TAKEN = "a line comes"
     TAKEN_CERTAIN = "a line comes, certain"
@@ -157,8 +157,8 @@ class JournalLines(Generic[Line]):
         """Handles a failed write that began at `began_s`. The caller tries again after `RETRY_S` if `first` is set."""
         if self.state is JournalState.WRITING:
             self._away_since = now_s
-        self._tried_at = now_s
         certain = held or now_s - began_s < 2 * RETRY_S  # during a longer call the process may have been frozen
+        self._tried_at = now_s if certain else -math.inf
         action = self._change(JournalInput.FAILED_CERTAIN if certain else JournalInput.FAILED)
         shown = list(self._waiting) if action is JournalAction.SHOW_ALL else []
         if now_s - max(self._away_since, self._ended_at) > GIVE_UP_S:

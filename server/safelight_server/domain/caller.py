@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from safelight_server.domain.errors import AdminOnlyError
 
+NAME = r"^[A-Za-z0-9._-]{1,64}$"
+"""What names of callers and tenants match."""
+NAME_IN_WORDS = "1 to 64 letters, digits, dots, dashes and underscores"
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -22,4 +26,4 @@ class Caller:
             AdminOnlyError: the caller is not an administrator.
         """
         if not self.is_admin:
-            raise AdminOnlyError("this call needs an administrator's key")
+            raise AdminOnlyError("this call needs an administrator's key or token")

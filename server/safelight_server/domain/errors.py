@@ -4,6 +4,7 @@
     ├── InvalidRequestError        INVALID_ARGUMENT     with field violations
     ├── UnauthenticatedError       UNAUTHENTICATED
     ├── AdminOnlyError             PERMISSION_DENIED    a call for administrators
+    ├── TokenNotAllowedError       PERMISSION_DENIED    a valid token, whose caller may not use this server
     ├── NotFoundError              NOT_FOUND            unknown model or generation, or someone else's
     ├── AlreadyExistsError         ALREADY_EXISTS       a request id used again with another body
     ├── FailedPreconditionError    FAILED_PRECONDITION  the generation has ended
@@ -84,7 +85,7 @@ class InvalidRequestError(SafelightError):
 
 
 class UnauthenticatedError(SafelightError):
-    """The call has no API key, or an unknown one."""
+    """The call has no API key and no token, or one that is not known or not valid."""
 
     status = grpc.StatusCode.UNAUTHENTICATED
     reason = "UNAUTHENTICATED"
@@ -95,6 +96,13 @@ class AdminOnlyError(SafelightError):
 
     status = grpc.StatusCode.PERMISSION_DENIED
     reason = "ADMIN_ONLY"
+
+
+class TokenNotAllowedError(SafelightError):
+    """The token is valid, and lacks a claim that this server requires of its callers."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+    reason = "TOKEN_NOT_ALLOWED"
 
 
 class NotFoundError(SafelightError):

@@ -20,7 +20,7 @@ from safelight_server.catalog.manifest import IMAGE_PROMPT_OUTPUTS
 from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding, FloatArray
-from safelight_server.engine.jobs import EncoderInput, InitImage
+from safelight_server.engine.jobs import EncoderInput, InitImage, MaskedPicture
 from safelight_server.engine.latents import Latents, RowAdapter, RowControl, RowImagePrompt, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
 from safelight_server.sampler import SamplerTable
@@ -52,6 +52,7 @@ class OutputTensors:
         conditioning: ids of its embeddings: the prompt's, with guidance the negative prompt's, and the image prompt's
             if it has one.
         init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
+        masked_image: the picture of which an inpainting denoiser is given what its mask keeps.
         guided_steps: the steps with guidance; None: all.
         embeddings: its embeddings that are known already, by id.
         key: the key of its denoiser batches.
@@ -78,6 +79,7 @@ class OutputTensors:
     slot: int | None = None
     image: FloatArray | None = None
     image_prompt_scale: float = 0.0
+    masked_image: InitImage | None = None
 
 
 @dataclass(slots=True)
@@ -134,7 +136,7 @@ class Batches:
         if batch.kind is Kind.ENCODE:
             given = [self.encoder_inputs[row.conditioning_id] for row in batch.rows]
             if key.component in (Component.ENCODER, Component.IMAGE_ENCODER):
-                return PreparedCall(key, {"image": np.stack([encoder_image(np.asarray(one)) for one in given])}, 0)
+                return PreparedCall(key, {"image": np.stack([_encoder_row(one) for one in given])}, 0)
             return PreparedCall(key, {"input_ids": np.array(given, np.int64)}, 0)
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
@@ -329,6 +331,10 @@ class Batches:
         if (image := output.init_image) is not None:
             encoding = self._embeddings[image.name(output.pipeline)]
             picture = image.clean_latent(output.pipeline, encoding, output.seed)
+        masked = None
+        if (image := output.masked_image) is not None:
+            encoding = self._embeddings[image.masked_name(output.pipeline)]
+            masked = image.masked_image(output.pipeline, encoding, output.seed)
         output.slot = self._latents[key].claim(
             output.table,
             output.seed,
@@ -341,7 +347,15 @@ class Batches:
             output.adapters,
             output.controls,
             image_prompt,
+            masked,
         )
+
+
+def _encoder_row(given: EncoderInput) -> FloatArray:
+    """A picture, or what its mask keeps of it, as an encoder takes it, (3, H, W)."""
+    if isinstance(given, MaskedPicture):
+        return encoder_image(given.pixels, given.mask)
+    return encoder_image(np.asarray(given))
 
 
 def _embeddings(key: BatchKey, results: Mapping[str, FloatArray]) -> list[Embedding]:

@@ -185,6 +185,7 @@ class Engine:
             adapters=job.adapters,
             controls=job.controls,
             image_prompt_scale=0.0 if job.image_prompt is None else job.image_prompt.scale,
+            masked_image=job.image if job.encoded_masked_image else None,
         )
         self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)

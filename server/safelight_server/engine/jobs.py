@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.catalog.pixels import denoiser_latent, shrunk_mask, to_pixels
+from safelight_server.catalog.pixels import denoiser_latent, sampled_mask, shrunk_mask, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import Pixels, scaled
 from safelight_server.domain.tensors import Embedding, FloatArray
-from safelight_server.engine.latents import CleanLatent, RowAdapter, RowControl, Snapshot
+from safelight_server.engine.latents import CleanLatent, RowAdapter, RowControl, RowMaskedImage, Snapshot
 from safelight_server.sampler import POSTERIOR, SamplerTable, gaussian
 from safelight_server.scheduler import Kind, Priority, ScheduledOutput
 
@@ -23,8 +23,18 @@ COMPONENTS = {
 }
 
 
-EncoderInput = tuple[int, ...] | Pixels
-"""The input of an encoder: token ids (T,), or the pixels of a picture (H, W, 3)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskedPicture:
+    """A picture of which is encoded what its mask keeps: `pixels` (H, W, 3) and `mask` (H, W), uint8."""
+
+    pixels: Pixels
+    mask: Pixels
+
+
+EncoderInput = tuple[int, ...] | Pixels | MaskedPicture
+"""The input of an encoder: token ids (T,), the pixels of a picture (H, W, 3), or a part of one."""
+WHOLE, WITHOUT_PART = 0, 1
+"""By what is encoded of an init image the counter of its noise: two encodings of an output have independent noise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +45,13 @@ class InitImage:
         digest: equal for pictures whose pixels are equal.
         pixels: (H, W, 3) uint8 sRGB.
         mask: (H, W) uint8: 255 where it is developed anew, 0 where it is kept; None: 255 everywhere.
+        mask_digest: equal for masks whose pixels are equal; "": there is none.
     """
 
     digest: str
     pixels: Pixels
     mask: Pixels | None = None
+    mask_digest: str = ""
 
     def name(self, pipeline: Pipeline) -> str:
         """The name of its encoding, equal for equal encodings."""
@@ -52,11 +64,29 @@ class InitImage:
         Args:
             encoding: `mean` and, where the encoder gives one, `std`, (C, h, w).
         """
-        latent = encoding["mean"]
-        if "std" in encoding:
-            latent = latent + encoding["std"] * gaussian(seed, POSTERIOR, 0, latent.shape)
-        mask = None if self.mask is None else shrunk_mask(self.mask, latent.shape[1:])
-        return CleanLatent(denoiser_latent(pipeline, latent), mask)
+        latent = _encoded(pipeline, encoding, seed, WHOLE)
+        # An inpainting denoiser keeps the rest of the picture itself, as it was trained to do.
+        mask = None if pipeline.manifest.is_inpainting else self.mask
+        return CleanLatent(latent, None if mask is None else shrunk_mask(mask, latent.shape[1:]))
+
+    def masked_name(self, pipeline: Pipeline) -> str:
+        """The name of the encoding of what its mask keeps of it."""
+        return f"{self.name(pipeline)}:without:{self.mask_digest}"
+
+    def without_part(self) -> MaskedPicture:
+        """What its mask keeps of it, for the encoder."""
+        assert self.mask is not None
+        return MaskedPicture(self.pixels, self.mask)
+
+    def masked_image(self, pipeline: Pipeline, encoding: Embedding, seed: int) -> RowMaskedImage:
+        """What an inpainting denoiser is given of it for an output.
+
+        Args:
+            encoding: of `without_part`: `mean` and, where the encoder gives one, `std`, (C, h, w).
+        """
+        assert self.mask is not None
+        latent = _encoded(pipeline, encoding, seed, WITHOUT_PART)
+        return RowMaskedImage(sampled_mask(self.mask, latent.shape[1:]), latent)
 
     def finish(self, pixels: Pixels) -> Pixels:
         """The picture to show: outside the mask it has the pixels of the picture that it started from.
@@ -143,8 +173,20 @@ class Job:
     @property
     def encoded_image(self) -> str:
         """The name of the encoding of its picture; "": it needs no encoding, or no longer."""
-        needed = self.image is not None and (self.start is None or self.image.mask is not None)
-        return self.image.name(self.pipeline) if self.image is not None and needed else ""
+        if self.image is None:
+            return ""
+        if self.pipeline.manifest.is_inpainting:
+            needed = self.start is None and self.first_step > 0  # else it begins from noise alone
+        else:
+            needed = self.start is None or self.image.mask is not None
+        return self.image.name(self.pipeline) if needed else ""
+
+    @property
+    def encoded_masked_image(self) -> str:
+        """The name of the encoding of what the mask keeps of its picture; "": its denoiser takes none."""
+        if self.image is None or not self.pipeline.manifest.is_inpainting:
+            return ""
+        return self.image.masked_name(self.pipeline)
 
     @property
     def conditioning(self) -> tuple[str, ...]:
@@ -161,6 +203,8 @@ class Job:
         inputs = dict(zip(self.conditioning, given, strict=True))
         if self.image is not None and (name := self.encoded_image):
             inputs[name] = self.image.pixels
+        if self.image is not None and (name := self.encoded_masked_image):
+            inputs[name] = self.image.without_part()
         return inputs
 
     @property
@@ -182,8 +226,9 @@ class Job:
         """Converts the job to the scheduler's form. `key` returns the batch key of a component (`Batches.key`)."""
         known = self.known
         keys = {kind: key(self.pipeline, component, self.latent_shape) for kind, component in COMPONENTS.items()}
-        conditioning, image = [name for name in self.conditioning if name not in known], self.encoded_image
-        encoder_keys = {image: key(self.pipeline, Component.ENCODER, self.latent_shape)} if image else {}
+        conditioning = [name for name in self.conditioning if name not in known]
+        pictures = filter(None, (self.encoded_image, self.encoded_masked_image))
+        encoder_keys = {name: key(self.pipeline, Component.ENCODER, self.latent_shape) for name in pictures}
         if self.image_prompt is not None and (name := self.image_prompt.name(self.pipeline)) in conditioning:
             conditioning.remove(name)
             encoder_keys[name] = key(self.pipeline, Component.IMAGE_ENCODER, self.latent_shape)
@@ -200,6 +245,14 @@ class Job:
             deadline=self.deadline,
             first_step=self.first_step,
         )
+
+
+def _encoded(pipeline: Pipeline, encoding: Embedding, seed: int, what: int) -> FloatArray:
+    """The denoiser's latent (C, h, w) of an encoded picture, drawn from its distribution where it has one."""
+    latent = encoding["mean"]
+    if "std" in encoding:
+        latent = latent + encoding["std"] * gaussian(seed, POSTERIOR, what, latent.shape)
+    return denoiser_latent(pipeline, latent)
 
 
 def prompt_name(pipeline: Pipeline, token_ids: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ no batch in flight reads or writes it; one slot never changes the bits of anothe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ from safelight_server.catalog.manifest import (
     IMAGE_PROMPT_SCALE_SOURCE,
     IMAGE_PROMPT_TOKENS_SOURCE,
     LATENT_SOURCE,
+    MASK_SOURCE,
+    MASKED_IMAGE_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
@@ -81,6 +83,19 @@ class CleanLatent:
 
     clean: FloatArray
     mask: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMaskedImage:
+    """What an inpainting denoiser is given of a picture for the rows of an output.
+
+    Attributes:
+        mask: (1, h, w) float32: 1 where it is developed anew, 0 where it is kept.
+        latent: of the picture without the part that is developed anew, (C, h, w) float32.
+    """
+
+    mask: FloatArray
+    latent: FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,10 +186,13 @@ class Latents:
         self._size_ids = size_ids
         self._room = room
         self._adapters: dict[int, Sequence[RowAdapter]] = {}
+        self._adapter_versions = np.zeros(capacity, np.int64)
         self._pictures = pictures
         self._controls: dict[int, list[tuple[RowControl, FloatArray]]] = {}  # each with its picture, (3, H, W)
+        self._control_versions = np.zeros(capacity, np.int64)
         self._image_prompt_room = image_prompt_room
         self._image_prompts: dict[int, RowImagePrompt] = {}  # of the slots that have one
+        self._image_prompt_versions = np.zeros(capacity * 2, np.int64)
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
@@ -194,6 +212,9 @@ class Latents:
         self._rescale = np.zeros(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
         self._inpainting: dict[int, _Inpainting] = {}
+        num_masked = capacity if MASK_SOURCE in inputs.values() else 0
+        self._mask = np.zeros((num_masked, 1, *shape[1:]), np.float32)
+        self._masked_image = np.zeros((num_masked, *shape), np.float32)
 
     @property
     def num_used(self) -> int:
@@ -213,6 +234,7 @@ class Latents:
         adapters: Sequence[RowAdapter] = (),
         controls: Sequence[RowControl] = (),
         image_prompt: RowImagePrompt | None = None,
+        masked_image: RowMaskedImage | None = None,
     ) -> int:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
@@ -225,9 +247,13 @@ class Latents:
             adapters: together of at most the rank that the room has.
             controls: at most one for each network.
             image_prompt: None: its rows have none.
+            masked_image: where the denoiser has inputs for it.
         """
         slot = self._free[-1]
         steps = table.num_steps
+        assert (masked_image is not None) == bool(len(self._mask))  # else rows had that of an earlier output
+        if masked_image is not None:
+            self._mask[slot], self._masked_image[slot] = masked_image.mask, masked_image.latent
         self._coefficients[slot, :steps] = table.coefficients
         self._in_scale[slot, :steps] = table.in_scale
         self._timesteps[slot, :steps] = table.timesteps
@@ -237,12 +263,16 @@ class Latents:
             self._guidance[slot, guided.start : guided.stop] = guidance_scale
         self._given_guidance[slot] = guidance_scale
         self._rescale[slot] = guidance_rescale
+        first = slot * 2
         self._adapters[slot] = adapters
+        self._adapter_versions[slot] = next(_VERSIONS) if adapters else 0
         self._controls[slot] = [(control, _planes(control.pixels)) for control in controls]
+        self._control_versions[slot] = next(_VERSIONS) if controls else 0
+        self._image_prompt_versions[first : first + 2] = 0
         if image_prompt is not None:
             self._image_prompts[slot] = image_prompt
+            self._image_prompt_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
         self._noise_seed[slot] = seed if table.uses_noise else None
-        first = slot * 2
         for name, rows in self._context.items():
             rows[first : first + len(context)] = [embedding[name] for embedding in context]
         self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
@@ -299,6 +329,12 @@ class Latents:
         if source == GUIDANCE_SOURCE:
             given: FloatArray = self._given_guidance[slots]
             return given
+        if source == MASK_SOURCE:
+            mask: FloatArray = self._mask[slots]
+            return mask
+        if source == MASKED_IMAGE_SOURCE:
+            masked: FloatArray = self._masked_image[slots]
+            return masked
         if source == SIZE_IDS_SOURCE:
             assert self._size_ids is not None
             return np.tile(self._size_ids, (len(slots), 1))
@@ -307,27 +343,25 @@ class Latents:
         if source == ADAPTER_SCALES_SOURCE:
             return self._adapter_scales(slots)
         if source == CONTROL_IMAGES_SOURCE:
-            return self._control_images(slots, steps)
+            return self._control_images(slots)
         if source == CONTROL_SCALES_SOURCE:
             return self._control_scales(slots, steps)
         if source == IMAGE_PROMPT_TOKENS_SOURCE:
-            return self._image_prompt_tokens(slots, context - slots * 2)
+            return self._image_prompt_tokens(slots, context)
         if source == IMAGE_PROMPT_SCALE_SOURCE:
             prompts = [self._image_prompts.get(slot) for slot in slots.tolist()]
             return np.array([0.0 if prompt is None else prompt.scale for prompt in prompts], np.float32)
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
-        return StableRows(rows, context, self._context_versions[context])
+        return StableRows(rows.shape[1:], self._context_versions[context], lambda at: rows[context[at]])
 
-    def _adapter_weights(self, slots: Slots) -> FloatArray:
+    def _adapter_weights(self, slots: Slots) -> StableRows:
         """What each row's adapters add, one below the other, and zeros below them, (B, R, Q)."""
         assert self._room is not None
-        weights = np.zeros((len(slots), self._room.max_rank, self._room.width), np.float32)
-        for row, slot in enumerate(slots.tolist()):
-            first = 0
-            for adapter in self._adapters[slot]:
-                weights[row, first : first + len(adapter.weights)] = adapter.weights
-                first += len(adapter.weights)
-        return weights
+        pieces = []
+        for adapters in (self._adapters[slot] for slot in slots.tolist()):
+            ends = itertools.accumulate(len(adapter.weights) for adapter in adapters)
+            pieces.append([(end - len(one.weights), one.weights) for end, one in zip(ends, adapters, strict=True)])
+        return _joined((self._room.max_rank, self._room.width), self._adapter_versions[slots], pieces)
 
     def _adapter_scales(self, slots: Slots) -> FloatArray:
         """The factor of each rank of `_adapter_weights`, (B, R)."""
@@ -340,36 +374,36 @@ class Latents:
                 first += len(adapter.weights)
         return scales
 
-    def _control_images(self, slots: Slots, steps: Slots) -> FloatArray:
-        """The pictures of the control networks that act on each row, (B, K, 3, H, W); zeros for the others.
+    def _control_images(self, slots: Slots) -> StableRows:
+        """The pictures of each row for the control networks, (B, K, 3, H, W); zeros where it has none.
 
-        Without any these are zeros that nobody wrote or reads, which take no memory.
+        In steps in which a network does not act its picture stays there, so that it need not be copied again later:
+        what a network with the scale 0 is given is not read.
         """
-        images = np.zeros((len(slots), *self._pictures), np.float32)
-        for row, control, planes in self._acting(slots, steps):
-            images[row, control.place] = planes
-        return images
+        pieces = [
+            [(control.place, planes[np.newaxis]) for control, planes in self._controls[slot]] for slot in slots.tolist()
+        ]
+        return _joined(self._pictures, self._control_versions[slots], pieces)
 
     def _control_scales(self, slots: Slots, steps: Slots) -> FloatArray:
         """The factors of what the control networks add to each row, (B, K); 0 for those that do not act."""
         scales = np.zeros((len(slots), self._pictures[0]), np.float32)
-        for row, control, _ in self._acting(slots, steps):
-            scales[row, control.place] = control.scale
+        for row, (slot, step) in enumerate(zip(slots.tolist(), steps.tolist(), strict=True)):
+            for control, _ in self._controls[slot]:
+                if step in control.steps:
+                    scales[row, control.place] = control.scale
         return scales
 
-    def _acting(self, slots: Slots, steps: Slots) -> Iterator[tuple[int, RowControl, FloatArray]]:
-        for row, (slot, step) in enumerate(zip(slots.tolist(), steps.tolist(), strict=True)):
-            yield from ((row, *control) for control in self._controls[slot] if step in control[0].steps)
-
-    def _image_prompt_tokens(self, slots: Slots, parts: Slots) -> FloatArray:
+    def _image_prompt_tokens(self, slots: Slots, context: Slots) -> StableRows:
         """The tokens of each row's image prompt, zeros where it has none, (B, T, D)."""
         assert self._image_prompt_room is not None
+        prompts = [self._image_prompts.get(slot) for slot in slots.tolist()]
+        parts = (context - slots * 2).tolist()
+        pieces = [
+            [] if prompt is None else [(0, prompt.tokens[part])] for prompt, part in zip(prompts, parts, strict=True)
+        ]
         room = self._image_prompt_room
-        tokens = np.zeros((len(slots), room.num_tokens, room.width), np.float32)
-        for row, (slot, part) in enumerate(zip(slots.tolist(), parts.tolist(), strict=True)):
-            if (prompt := self._image_prompts.get(slot)) is not None:
-                tokens[row] = prompt.tokens[part]
-        return tokens
+        return _joined((room.num_tokens, room.width), self._image_prompt_versions[context], pieces)
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Stores the predictions (B, C, h, w) of rows until all rows of their steps are back."""
@@ -435,6 +469,24 @@ def _first(table: SamplerTable, noise: FloatArray, picture: CleanLatent | None) 
     if picture is None or (picture.mask is not None and table.first_step == 0):
         return np.float32(table.init_scale) * noise
     return noised(picture.clean, noise, table.levels[table.first_step])
+
+
+def _joined(
+    shape: tuple[int, ...], versions: npt.NDArray[np.int64], pieces: Sequence[Sequence[tuple[int, FloatArray]]]
+) -> StableRows:
+    """Rows of a shape that are zeros but for their pieces, each with the index on the first axis where it begins.
+
+    They are put together where a runtime takes them: zeros that nobody wrote or reads take no memory.
+    """
+
+    def take(at: Slots) -> FloatArray:
+        made = np.zeros((len(at), *shape), np.float32)
+        for row, position in enumerate(at.tolist()):
+            for first, piece in pieces[position]:
+                made[row, first : first + len(piece)] = piece
+        return made
+
+    return StableRows(shape, versions, take)
 
 
 def _planes(pixels: Pixels) -> FloatArray:

@@ -9,13 +9,14 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, Qwen3Model, T5EncoderModel
 
 from safelight_server.export.adapters import Adapters, given
 from safelight_server.export.ip_adapter import ImagePrompts, given_image
-from safelight_server.export.networks import FLUX_PATCH
+from safelight_server.export.networks import FLUX_PATCH, Z_IMAGE_TIMESTEPS
 from safelight_server.export.source import ExportError
 
 FLUX_TIMESTEPS = 1000
@@ -92,6 +93,8 @@ class DenoiserXL(nn.Module):
         adapter_scales: Tensor | None = None,
         image_prompt_tokens: Tensor | None = None,
         image_prompt_scale: Tensor | None = None,
+        mask: Tensor | None = None,
+        masked_image: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
         with (
@@ -99,13 +102,19 @@ class DenoiserXL(nn.Module):
             given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
         ):
             prediction: Tensor = self.model(
-                sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+                _with_mask(sample, mask, masked_image),
+                timestep,
+                encoder_hidden_states,
+                added_cond_kwargs=added,
+                return_dict=False,
             )[0]
         return prediction
 
 
 class Denoiser(nn.Module):
     """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w).
+
+    A UNet that inpaints is given mask (B, 1, h, w) and masked_image (B, C, h, w) too.
 
     Args:
         adapters: of `model`, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
@@ -131,13 +140,24 @@ class Denoiser(nn.Module):
         adapter_scales: Tensor | None = None,
         image_prompt_tokens: Tensor | None = None,
         image_prompt_scale: Tensor | None = None,
+        mask: Tensor | None = None,
+        masked_image: Tensor | None = None,
     ) -> Tensor:
         with (
             given(self.adapters, adapter_weights, adapter_scales),
             given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
         ):
-            prediction: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+            prediction: Tensor = self.model(
+                _with_mask(sample, mask, masked_image), timestep, encoder_hidden_states, return_dict=False
+            )[0]
         return prediction
+
+
+def _with_mask(sample: Tensor, mask: Tensor | None, masked_image: Tensor | None) -> Tensor:
+    """What the UNet takes: one that inpaints the latent, the mask, the picture's latent, (B, 2 C + 1, h, w)."""
+    if mask is None or masked_image is None:
+        return sample
+    return torch.cat([sample, mask, masked_image], dim=1)
 
 
 class FluxTextEncoders(nn.Module):
@@ -258,6 +278,54 @@ class FluxDenoiser(nn.Module):
         predicted = predicted.reshape(rows, down, across, channels, FLUX_PATCH, FLUX_PATCH).permute(0, 3, 1, 4, 2, 5)
         prediction: Tensor = predicted.reshape(rows, channels, height, width)
         return prediction
+
+
+class ZImageTextEncoder(nn.Module):
+    """The text encoder of Z-Image: input_ids (B, T) int64 -> last_hidden_state (B, T, D), attention_mask (B, T).
+
+    The hidden states are those before the last layer, and 0 behind a prompt. The mask is 1 for the tokens of a prompt
+    and 0 for the padding behind it.
+    """
+
+    outputs = ("last_hidden_state", "attention_mask")
+
+    def __init__(self, model: Qwen3Model, pad_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.pad_id = pad_id
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        # The name of the padding's token may stand in a prompt, so only what nothing else follows is padding.
+        is_text = (input_ids != self.pad_id).flip(1).cumsum(1).flip(1) > 0
+        # -2 alone, as the states of all layers would take 190 MB a row at the real size.
+        result = self.model(
+            input_ids=input_ids, attention_mask=is_text, output_hidden_states=[-2], use_cache=False
+        ).hidden_states[-2]
+        return result.masked_fill(~is_text[..., None], 0.0), is_text.to(result.dtype)
+
+
+class ZImageDenoiser(nn.Module):
+    """Beside `Denoiser`'s inputs encoder_attention_mask (B, T), as `ZImageTextEncoder` makes it.
+
+    Each row is given the tokens of its own prompt and no others, so that prompts of different lengths share a call:
+    the network pads and masks them row by row. Its times go from 0 to 1, and it predicts latent less noise; the
+    prediction here is the velocity, noise less latent.
+    """
+
+    outputs = ("prediction",)
+
+    def __init__(self, model: ZImageTransformer2DModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
+    ) -> Tensor:
+        lengths = (encoder_attention_mask > 0).sum(dim=1).tolist()
+        prompts = [states[:length] for states, length in zip(encoder_hidden_states, lengths, strict=True)]
+        times = (Z_IMAGE_TIMESTEPS - timestep) / Z_IMAGE_TIMESTEPS
+        predicted = self.model(list(sample.unsqueeze(2)), times, prompts, return_dict=False)[0]
+        return -torch.stack(predicted).squeeze(2)
 
 
 class Decoder(nn.Module):

@@ -1,10 +1,9 @@
 """Exports a diffusers folder, or a checkpoint in one file, as a Triton model repository and a pipeline manifest.
 
-For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
-AutoencoderTiny or AutoencoderKL, and any `StableDiffusionXLPipeline` with a
-CLIPTextModelWithProjection beside these; a folder `preview_decoder/` (AutoencoderTiny)
-and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
-`linear_preview.npz` and `prompts.json` beside them are used where they are there.
+For the pipelines that `source.FAMILIES` lists. A folder `preview_decoder/`
+(AutoencoderTiny) and the files `encoder.npz` (a linear encoder instead of the
+autoencoder's own), `linear_preview.npz` and `prompts.json` beside the networks are
+used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. For the
 `torch` runtime the networks are written as safetensors (`ExportFormat`). The
 same folder gives the same bytes. Nothing in the folder of models changes before
@@ -32,13 +31,14 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from torch import Tensor, nn
-from transformers import T5EncoderModel
+from transformers import Qwen3Model, T5EncoderModel
 
 from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
-from safelight_server.catalog.manifest import Manifest
+from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, Manifest
 from safelight_server.export import controls, loading, manifest, memory, plan
 from safelight_server.export.adapters import Adapters
 from safelight_server.export.components import (
@@ -53,6 +53,8 @@ from safelight_server.export.components import (
     StableDiffusion3TextEncoders,
     TextEncoder,
     TextEncoders,
+    ZImageDenoiser,
+    ZImageTextEncoder,
     decoder_of,
 )
 from safelight_server.export.controls import ControlledDenoiser
@@ -207,7 +209,8 @@ def load_components(folder: Path, given: Manifest) -> dict[str, nn.Module]:
     """
     sizes = tuple((size.width_px, size.height_px) for size in given.sizes)
     sampler = given.defaults.sampler.name
-    made = plan.make(folder, ExportOptions(given.name, licence=given.license, sizes=sizes, sampler=sampler))
+    options = ExportOptions(given.name, licence=given.license, sizes=sizes, sampler=sampler, format=ExportFormat.TORCH)
+    made = plan.make(folder, options)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", module="torch|copyreg")
         components = _components(loading.load(made), made)
@@ -249,6 +252,8 @@ def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
         return FluxTextEncoders(first, pipeline.text_encoder_2, clip_tokens)
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return StableDiffusion3TextEncoders(first, pipeline.text_encoder_2, pipeline.text_encoder_3, clip_tokens)
+    if isinstance(pipeline, ZImagePipeline):
+        return ZImageTextEncoder(first, pipeline.tokenizer.pad_token_id)
     if not isinstance(pipeline, StableDiffusionXLPipeline):
         return TextEncoder(first)
     empty_ids = token_ids(pipeline, [""])[0] if pipeline.config.force_zeros_for_empty_prompt else None
@@ -263,16 +268,18 @@ def denoiser_of(
         return FluxDenoiser(pipeline.transformer)
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return StableDiffusion3Denoiser(pipeline.transformer)
+    if isinstance(pipeline, ZImagePipeline):
+        return ZImageDenoiser(pipeline.transformer)
     is_sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
     return (DenoiserXL if is_sdxl else Denoiser)(pipeline.unet, adapters, prompts)
 
 
 def max_tokens(pipeline: DiffusionPipeline, tokenizer: Any, text_encoder: Any) -> int:
     """Length of a text encoder's context in a pipeline."""
-    if not isinstance(text_encoder, T5EncoderModel):
+    if not isinstance(text_encoder, T5EncoderModel | Qwen3Model):
         return manifest.max_tokens(tokenizer, text_encoder)
     is_schnell = isinstance(pipeline, FluxPipeline) and not pipeline.transformer.config.guidance_embeds
-    longest = SCHNELL_T5_TOKENS if is_schnell else FAMILIES[type(pipeline).__name__].t5_tokens
+    longest = SCHNELL_T5_TOKENS if is_schnell else FAMILIES[type(pipeline).__name__].max_tokens
     return int(min(tokenizer.model_max_length, longest))
 
 
@@ -348,11 +355,16 @@ def example_inputs(
     if role == "denoiser":
         context = torch.randn(rows, *_context_shape(pipeline), generator=generator)
         inputs = {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
-        if hasattr(pipeline, "transformer"):
+        if isinstance(pipeline, ZImagePipeline):
+            inputs[ENCODER_MASK_INPUT] = torch.ones(context.shape[:2])
+        elif hasattr(pipeline, "transformer"):
             pooled = pipeline.transformer.config.pooled_projection_dim
             inputs["pooled_projections"] = torch.randn(rows, pooled, generator=generator)
         if made.is_guidance_distilled:
             inputs["guidance"] = torch.tensor([3.5, 1.0])
+        if made.is_inpainting:
+            inputs["mask"] = torch.randint(0, 2, (rows, 1, *size), generator=generator).float()
+            inputs["masked_image"] = torch.randn(latent.shape, generator=generator)
         if made.image_prompt is not None:
             tokens = made.image_prompt.num_tokens, made.image_prompt.width
             inputs["image_prompt_tokens"] = torch.randn(rows, *tokens, generator=generator)
@@ -380,6 +392,8 @@ def _context_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
         return lengths[1], pipeline.transformer.config.joint_attention_dim
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return lengths[0] + lengths[2], pipeline.transformer.config.joint_attention_dim
+    if isinstance(pipeline, ZImagePipeline):
+        return lengths[0], pipeline.transformer.config.cap_feat_dim
     return lengths[0], pipeline.unet.config.cross_attention_dim
 
 
@@ -389,7 +403,8 @@ def token_ids(pipeline: DiffusionPipeline, texts: Sequence[str]) -> Tensor:
     for tokenizer, text_encoder in _tokenizers(pipeline):
         length = max_tokens(pipeline, tokenizer, text_encoder)
         cut = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        found.append(tokenizer(list(texts), **cut).input_ids)
+        given = [manifest.as_chat(tokenizer, text) if isinstance(text_encoder, Qwen3Model) else text for text in texts]
+        found.append(tokenizer(given, **cut).input_ids)
     return torch.cat(found, dim=1)
 
 
@@ -399,12 +414,23 @@ def round_weights(module: nn.Module) -> None:
     Raises:
         ExportError: a weight is too large for float16, or is no number.
     """
+    computed = computed_buffers(module)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and name not in computed:
             half = tensor.data.half()
             if not half.isfinite().all():
                 raise ExportError(f"{name} has values that float16 cannot hold")
             tensor.data = half.float()
+
+
+def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of floats that no file has, by name: a network computes them when it is made.
+
+    They are no weights, and half precision does not hold them: the frequencies of a rotary embedding, which are
+    multiplied by the places of tokens.
+    """
+    saved = module.state_dict().keys()
+    return {name: tensor for name, tensor in module.named_buffers() if tensor.is_floating_point() and name not in saved}
 
 
 def refuse_to_break(models: Path, made: ExportPlan) -> None:

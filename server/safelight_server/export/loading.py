@@ -22,6 +22,7 @@ WITHOUT: Mapping[str, Mapping[str, object]] = {
     "StableDiffusionXLPipeline": {"add_watermarker": False},
     "StableDiffusion3Pipeline": {"image_encoder": None, "feature_extractor": None},
     "FluxPipeline": {"image_encoder": None, "feature_extractor": None},
+    "ZImagePipeline": {},
 }
 """By pipeline class, the arguments that leave out the parts which are not exported."""
 
@@ -48,7 +49,7 @@ def _from_folder(made: ExportPlan) -> DiffusionPipeline:
     for name in made.source.family.networks:
         library = transformers if name in made.source.family.text_encoders else diffusers
         loaded[name] = _network(getattr(library, index[name][1]), folder / name, variant)
-    kind = index["_class_name"]
+    kind = made.source.pipeline_class
     pipeline: DiffusionPipeline = getattr(diffusers, kind).from_pretrained(
         folder, **loaded, **WITHOUT[kind], local_files_only=True, dtype=torch.float32
     )
@@ -82,7 +83,7 @@ def _network(kind: type[Any], folder: Path, variant: str | None) -> nn.Module:
 
 
 def _from_file(made: ExportPlan) -> DiffusionPipeline:
-    kind = made.source.index["_class_name"]
+    kind = made.source.pipeline_class
     pipeline: DiffusionPipeline = getattr(diffusers, kind).from_single_file(
         str(made.checkpoint),
         config=str(made.source.folder),

@@ -41,6 +41,33 @@ def max_tokens(tokenizer: Any, text_encoder: Any) -> int:
     return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
 
 
+def as_chat(given: Any, text: str) -> str:
+    """`text` as the message of a user in the chat template of a tokenizer, as ZImagePipeline writes it."""
+    messages = [{"role": "user", "content": text}]
+    written: str = given.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return written
+
+
+def _template(given: Any, what: str) -> dict[str, Any]:
+    """What the manifest says of a tokenizer's chat template: the texts before and after a prompt.
+
+    Raises:
+        ExportError: there is no template, or it does more than to stand around a prompt.
+    """
+    if not given.chat_template:
+        raise ExportError(f"{what}: it has no chat_template, in which this text encoder reads prompts")
+    if given.padding_side != "right":
+        raise ExportError(
+            f"{what}: padding_side {given.padding_side!r} cannot be served: padding stands behind a prompt"
+        )
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    before, found, after = as_chat(given, mark).partition(mark)
+    if not (found and before and after) or any(as_chat(given, text) != before + text + after for text in PROBES):
+        raise ExportError(f"{what}: chat_template changes prompts; one that only stands around them can be served")
+    num_tokens = len(given(before, add_special_tokens=False).input_ids)
+    return {"before": before, "after": after, "num_tokens_before": num_tokens}
+
+
 def tokenizer(given: Any, text_encoder: Any, file: Path, length: int) -> dict[str, Any]:
     """Saves a tokenizer to `file`; returns what the manifest says of it.
 
@@ -59,12 +86,18 @@ def tokenizer(given: Any, text_encoder: Any, file: Path, length: int) -> dict[st
         "bos_id": given.bos_token_id,
         "eos_id": given.eos_token_id,
     }
-    is_t5 = text_encoder.config.model_type == "t5"  # its prompts have no begin token
-    if None in (entry["pad_id"], entry["eos_id"], 0 if is_t5 else entry["bos_id"]):
+    around = None
+    if text_encoder.config.model_type == "qwen3":
+        entry["template"] = template = _template(given, file.stem)
+        around = template["before"], template["after"]
+        entry["bos_id"], entry["eos_id"] = None, given(around[1], add_special_tokens=False).input_ids[0]
+    has_begin = text_encoder.config.model_type != "t5" and around is None
+    if None in (entry["pad_id"], entry["eos_id"], entry["bos_id"] if has_begin else 0):
         raise ExportError(f"{file.stem}: it lacks a token for the begin, for the end, or for padding")
-    ours = Tokenizer(file, length, given.pad_token_id, given.bos_token_id, given.eos_token_id)
+    ours = Tokenizer(file, length, entry["pad_id"], entry["bos_id"], entry["eos_id"], around)
     for text in PROBES:
-        theirs = given(text, padding="max_length", truncation=True, max_length=length).input_ids
+        written = text if around is None else as_chat(given, text)
+        theirs = given(written, padding="max_length", truncation=True, max_length=length).input_ids
         if list(ours.encode(text).ids) != theirs:
             raise ExportError(f"{file.stem}: the server would make other tokens of {text!r} than transformers does")
         if max(theirs) >= text_encoder.config.vocab_size:

@@ -74,7 +74,19 @@ SHARED: Mapping[str, Any] = {
 FLUX_PATCH = 2
 """Pixels along an edge of what FLUX packs to a token."""
 SCHNELL_T5_TOKENS = 256
-_IN_CHANNELS = {"flux": 64, "stable-diffusion-3": 16, "stable-diffusion": 4, "stable-diffusion-xl": 4}
+Z_IMAGE_PATCH = 2
+"""Pixels of a latent along an edge of a token of Z-Image."""
+Z_IMAGE_TIMESTEPS = 1000
+"""What diffusers' pipeline counts on, whatever the scheduler says."""
+CAPTION_MULTIPLE = 32
+"""Z-Image fills a prompt up to a multiple of so many tokens."""
+_IN_CHANNELS = {
+    "flux": 64,
+    "stable-diffusion-3": 16,
+    "z-image": 16,
+    "stable-diffusion": 4,
+    "stable-diffusion-xl": 4,
+}
 NUM_SIZE_IDS = 6
 """Numbers of the size that SDXL's denoiser is given; its refiner has 5, of which one is an aesthetic score."""
 KL_SHAPE = _keys(
@@ -142,12 +154,35 @@ T5_SHAPE = _keys(
     output_attentions return_dict chunk_size_feed_forward id2label label2id problem_type
     """
 )
+Z_IMAGE_SHAPE = _keys(
+    """
+    in_channels dim n_layers n_refiner_layers n_heads n_kv_heads norm_eps qk_norm cap_feat_dim rope_theta t_scale
+    axes_dims axes_lens
+    """
+)
+Z_IMAGE_RULES: Rules = {
+    "all_patch_size": (([Z_IMAGE_PATCH],), "diffusers' pipeline takes 2 x 2 pixels of a latent for a token"),
+    "all_f_patch_size": (([1],), "a latent is one picture"),
+    "siglip_feat_dim": ((None,), "the denoiser would need other pictures as an input"),
+}
+QWEN3_SHAPE = _keys(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters
+    rope_theta rope_scaling attention_bias attention_dropout use_sliding_window sliding_window max_window_layers
+    layer_types pad_token_id bos_token_id eos_token_id model_type architectures torch_dtype dtype
+    transformers_version output_hidden_states output_attentions return_dict chunk_size_feed_forward id2label
+    label2id problem_type is_encoder_decoder
+    """
+)
 TRANSFORMER_VAE_RULES: Rules = {key: rule for key, rule in VAE_RULES.items() if key != "shift_factor"}
 
 
 def judge(source: Source, findings: Findings) -> None:
     """Adds to `findings` what cannot be exported."""
-    if source.family.denoiser == "transformer":
+    if source.family.name == "z-image":
+        _judge_z_image(source, findings)
+    elif source.family.denoiser == "transformer":
         _judge_transformer(source, findings)
     else:
         _judge_unet(source, findings)
@@ -175,14 +210,14 @@ def _judge_unet(source: Source, findings: Findings) -> None:
     for name in source.family.text_encoders:
         _check(f"{name}/config.json", configs[name], TEXT_SHAPE, TEXT_RULES, findings)
     latents, inputs, outputs = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs != latents:
-        kind = {2 * latents + 1: "an inpainting UNet", 2 * latents: "a UNet that edits pictures"}.get(inputs, "a UNet")
+    if inputs != latents and not is_inpainting(source):
+        kind = "a UNet that edits pictures" if inputs == 2 * latents else "a UNet"
         findings.faults.append(
             f"unet/config.json: in_channels {inputs}: {kind}; the server gives the denoiser the {latents} channels of"
-            " the latent and nothing else"
+            f" the latent, and one that inpaints a mask and {latents} channels of a picture beside them"
         )
-    elif outputs != inputs:
-        findings.faults.append(f"unet/config.json: out_channels {outputs} is not in_channels {inputs}")
+    elif outputs != latents:
+        findings.faults.append(f"unet/config.json: out_channels {outputs} is not the latent's {latents}")
     hidden = [configs[name].get("hidden_size", 512) for name in source.family.text_encoders]
     width = unet.get("cross_attention_dim", 1280)
     if width != sum(hidden) and unet.get("encoder_hid_dim_type") is None:
@@ -209,9 +244,11 @@ def judge_control(source: Source, name: str, config: Config, factor: int, findin
         return
     _check(f"{option}: config.json", config, CONTROL_SHAPE, CONTROL_RULES, findings)
     for key, default in SHARED.items():
-        found, wanted = config.get(key, default), source.configs["unet"].get(key, default)
+        found, wanted, whose = config.get(key, default), source.configs["unet"].get(key, default), "UNet"
+        if key == "in_channels":  # a control network is not given the mask and the picture of a UNet that inpaints
+            wanted, whose = latent_channels(source), "latent"
         if found != wanted:
-            findings.faults.append(f"{option}: config.json: {key} is {found}, that of the UNet is {wanted}")
+            findings.faults.append(f"{option}: config.json: {key} is {found}, that of the {whose} is {wanted}")
     stages = config.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)
     if (shrinks := 2 ** (len(stages) - 1)) != factor:
         findings.faults.append(
@@ -237,13 +274,11 @@ def _judge_transformer(source: Source, findings: Findings) -> None:
     configs, is_flux = source.configs, source.family.name == "flux"
     file, denoiser, vae = "transformer/config.json", configs["transformer"], configs["vae"]
     _check(file, denoiser, FLUX_SHAPE if is_flux else SD3_SHAPE, FLUX_RULES if is_flux else {}, findings)
-    _check("vae/config.json", vae, KL_SHAPE | {"shift_factor"}, TRANSFORMER_VAE_RULES, findings)
+    _judge_shifted_vae(vae, findings)
     *clips, t5 = source.family.text_encoders
     for name in clips:
         _check(f"{name}/config.json", configs[name], TEXT_SHAPE, TEXT_RULES, findings)
     _check(f"{t5}/config.json", configs[t5], T5_SHAPE, {}, findings)
-    if not isinstance(vae.get("shift_factor"), int | float):
-        findings.faults.append("vae/config.json: shift_factor is missing: latents are shifted by it")
     packed, latents = 4 if is_flux else 1, vae.get("latent_channels", 4)
     inputs = denoiser.get("in_channels", 64 if is_flux else 16)
     outputs = denoiser.get("out_channels", None if is_flux else 16) or inputs
@@ -272,6 +307,48 @@ def _judge_transformer(source: Source, findings: Findings) -> None:
         findings.faults.append(f"{t5}/config.json: d_model {width} is less than {hidden}, that of {_and(clips)}")
 
 
+def _judge_shifted_vae(vae: Config, findings: Findings) -> None:
+    _check("vae/config.json", vae, KL_SHAPE | {"shift_factor"}, TRANSFORMER_VAE_RULES, findings)
+    if not isinstance(vae.get("shift_factor"), int | float):
+        findings.faults.append("vae/config.json: shift_factor is missing: latents are shifted by it")
+
+
+def _judge_z_image(source: Source, findings: Findings) -> None:
+    """Judges a pipeline like Z-Image: one text encoder, a language model, and a transformer that reads its states."""
+    file, denoiser, text = "transformer/config.json", source.configs["transformer"], source.configs["text_encoder"]
+    _check(file, denoiser, Z_IMAGE_SHAPE, Z_IMAGE_RULES, findings)
+    _judge_shifted_vae(source.configs["vae"], findings)
+    _check("text_encoder/config.json", text, QWEN3_SHAPE, {}, findings)
+    latents = source.configs["vae"].get("latent_channels", 4)
+    if (inputs := denoiser.get("in_channels", 16)) != latents:
+        findings.faults.append(f"{file}: in_channels {inputs} is not {latents}, that of the latent")
+    if (found := denoiser.get("cap_feat_dim", 2560)) != (width := text.get("hidden_size", 4096)):
+        findings.faults.append(f"{file}: cap_feat_dim {found} is not that of text_encoder, {width}")
+    heads, dims = denoiser.get("n_heads", 30), denoiser.get("axes_dims", [32, 48, 48])
+    if (width := denoiser.get("dim", 3840)) != heads * sum(dims):
+        findings.faults.append(f"{file}: dim {width} is not n_heads {heads} times the sum of axes_dims {dims}")
+    lengths = _axes_lens(denoiser)
+    if len(dims) != 3 or len(lengths) != 3:
+        findings.faults.append(f"{file}: axes_dims {dims} and axes_lens {lengths} do not have three axes")
+    longest = source.family.max_tokens
+    # Tokens are counted from 1 up to a multiple of 32, and the picture stands at the next place.
+    if lengths[0] < (needed := -(-longest // CAPTION_MULTIPLE) * CAPTION_MULTIPLE + 2):
+        findings.faults.append(f"{file}: axes_lens {lengths}: prompts of {longest} tokens need {needed} places")
+    if (found := text.get("max_position_embeddings", 32768)) < longest:
+        findings.faults.append(f"text_encoder/config.json: max_position_embeddings {found} is less than {longest}")
+    steps = source.configs["scheduler"].get("num_train_timesteps", Z_IMAGE_TIMESTEPS)
+    if steps != Z_IMAGE_TIMESTEPS:
+        findings.faults.append(
+            f"scheduler: num_train_timesteps {steps} cannot be served: diffusers' pipeline counts on"
+            f" {Z_IMAGE_TIMESTEPS}"
+        )
+
+
+def _axes_lens(denoiser: Config) -> list[int]:
+    """Places of Z-Image's position embedding: of tokens, and along height and width of a picture."""
+    return list(denoiser.get("axes_lens") or [1024, 512, 512])
+
+
 def _and(names: Collection[str]) -> str:
     return " and ".join(names)
 
@@ -281,9 +358,19 @@ def is_guidance_distilled(source: Source) -> bool:
     return bool(source.family.name == "flux" and source.configs["transformer"].get("guidance_embeds", False))
 
 
+def is_inpainting(source: Source) -> bool:
+    """Whether the UNet takes a mask and the latent of a picture without a part of it beside the latent."""
+    if source.family.denoiser == "transformer":
+        return False
+    latents = source.configs["vae"].get("latent_channels", 4)
+    return bool(source.configs["unet"].get("in_channels", 4) == 2 * latents + 1)
+
+
 def latent_channels(source: Source) -> int:
     """Channels of a latent."""
     channels = int(source.configs[source.family.denoiser].get("in_channels", _IN_CHANNELS[source.family.name]))
+    if is_inpainting(source):
+        return channels // 2
     return channels // 4 if source.family.name == "flux" else channels
 
 
@@ -292,6 +379,8 @@ def latent_multiple(source: Source) -> int:
     denoiser = source.configs[source.family.denoiser]
     if source.family.name == "flux":
         return FLUX_PATCH
+    if source.family.name == "z-image":
+        return Z_IMAGE_PATCH
     if source.family.name == "stable-diffusion-3":
         return int(denoiser.get("patch_size", 2))
     return int(2 ** (len(denoiser.get("block_out_channels") or (0,) * 4) - 1))
@@ -299,6 +388,8 @@ def latent_multiple(source: Source) -> int:
 
 def largest_edge(source: Source) -> int | None:
     """The longest edge of a latent that has a position embedding; None: there is no limit."""
+    if source.family.name == "z-image":
+        return min(_axes_lens(source.configs["transformer"])[1:], default=0) * Z_IMAGE_PATCH
     if source.family.name != "stable-diffusion-3":
         return None
     return int(source.configs["transformer"].get("pos_embed_max_size", 96)) * latent_multiple(source)

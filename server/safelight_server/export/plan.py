@@ -22,6 +22,7 @@ from safelight_server.catalog.manifest import (
     CONTROL_INPUTS,
     GUIDANCE_SOURCE,
     IMAGE_PROMPT_INPUTS,
+    INPAINTING_INPUTS,
     STABLE_DIFFUSION_INPUTS,
     Manifest,
 )
@@ -52,7 +53,6 @@ MAX_GUIDANCE_SCALE = 20.0
 MAX_OUTPUTS = 8
 LOADED_BYTES = 6
 """Of a weight while the server loads it: what is read, and its float16 as float32."""
-DISTILLED_STEPS = 4
 DISTILLED_GUIDANCE_SCALE = 1.0
 DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper-?sd(xl)?)(?![a-z])")
 """What distilled models are called."""
@@ -161,16 +161,23 @@ class ExportPlan:
         return networks.is_guidance_distilled(self.source)
 
     @property
+    def is_inpainting(self) -> bool:
+        """Whether the denoiser takes a mask and a picture, so that the model only inpaints."""
+        return networks.is_inpainting(self.source)
+
+    @property
     def peak_bytes(self) -> int:
         """Memory that exporting takes, reckoned; 0 where the headers do not say how many weights there are.
 
         All networks are in float32; beside them the one that is compared is loaded as the server does it. The text
-        encoders come first, and their weights are given up then.
+        encoders come first, and their weights are given up then. Of torch's files nothing is compared.
         """
         family, numbers = self.source.family, self.num_values
         if not numbers or not all(numbers.values()):
             return 0
         total, of_text = sum(numbers.values()), sum(numbers[name] for name in family.text_encoders)
+        if self.options.format is ExportFormat.TORCH:
+            return 4 * total
         of_denoiser = total - of_text - numbers["vae"]  # with its control networks
         return max(4 * total + LOADED_BYTES * of_text, 4 * (total - of_text) + LOADED_BYTES * of_denoiser)
 
@@ -217,6 +224,11 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         )
     if options.adapter_rank and source.family.denoiser == "transformer":
         findings.faults.append(f"--adapter-rank {options.adapter_rank}: only UNets take adapters; leave it out")
+    if source.family.is_torch_alone and options.format is not ExportFormat.TORCH:
+        findings.faults.append(
+            f"--format {options.format}: this denoiser computes with complex numbers, which ONNX cannot express; use"
+            " --format torch and serve it with --runtime torch"
+        )
     found |= _controls(source, factor, options, checkpoint is None, findings)
     image_prompt = None
     if options.image_prompt is not None:
@@ -230,10 +242,12 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         )
     if offer is None:
         raise ExportError("; ".join(findings.faults))
+    if networks.is_inpainting(source):
+        findings.notes.append("only inpaints: each request needs a picture and a mask, and strength is 1 by default")
     distilled = _distilled(source, checkpoint, offer)
     is_guided = networks.is_guidance_distilled(source)
     if distilled and offer.default["name"] != "lcm" and None in (options.steps, options.guidance_scale):
-        few = f"{DISTILLED_STEPS} steps" + ("" if is_guided else " without guidance")
+        few = f"{source.family.distilled_steps} steps" + ("" if is_guided else " without guidance")
         findings.notes.append(
             f"taken for a distilled model, as {distilled}: {few} are the default"
             " where --steps and --guidance-scale do not say otherwise"
@@ -241,6 +255,10 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     if is_guided:
         findings.notes.append(
             "guidance is an input of the denoiser: a step has one row, and a negative prompt has no effect"
+        )
+    if source.family.name == "z-image":
+        findings.notes.append(
+            "guidance_scale is one more than what ZImagePipeline is given: its 0, no guidance, is 1 here"
         )
     made = ExportPlan(
         source=source,
@@ -274,6 +292,8 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
         inputs |= IMAGE_PROMPT_INPUTS
     if networks.is_guidance_distilled(plan.source):
         inputs["guidance"] = GUIDANCE_SOURCE
+    if plan.is_inpainting:
+        inputs |= INPAINTING_INPUTS
     tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
     room = {"max_rank": options.adapter_rank, "targets": [{"name": "attention", "inputs": 1, "outputs": 1}]}
     return {
@@ -456,13 +476,14 @@ def _completed(
     distilled: bool,
 ) -> ExportOptions:
     """The options with every choice made."""
-    steps = options.steps if options.steps is not None else (DISTILLED_STEPS if distilled else source.family.steps)
+    family = source.family
+    steps = options.steps if options.steps is not None else (family.distilled_steps if distilled else family.steps)
     scale = options.guidance_scale
     if scale is None:
         scale = (
             DISTILLED_GUIDANCE_SCALE
             if distilled and not networks.is_guidance_distilled(source)
-            else source.family.guidance_scale
+            else family.guidance_scale
         )
     described = options.description or f"{source.index['_class_name']} from {(checkpoint or source.folder).name}"
     return replace(options, steps=steps, guidance_scale=scale, sizes=sizes, description=described)

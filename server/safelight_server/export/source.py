@@ -13,6 +13,7 @@ from safelight_server.catalog.manifest import (
     STABLE_DIFFUSION_INPUTS,
     STABLE_DIFFUSION_XL_INPUTS,
     TRANSFORMER_INPUTS,
+    Z_IMAGE_INPUTS,
 )
 
 Config = Mapping[str, Any]
@@ -32,7 +33,9 @@ class Family:
         denoiser: the name of its denoiser.
         steps: default number of steps of requests, of models that are not distilled.
         spacing: of the steps, where the family decides it and not the scheduler's file.
-        t5_tokens: longest context of its T5 encoder; 0: it has none.
+        distilled_steps: likewise, of distilled models.
+        max_tokens: longest context of its last text encoder, where that is not CLIP; 0: it is CLIP.
+        is_torch_alone: whether its denoiser cannot be written as ONNX.
     """
 
     name: str
@@ -43,7 +46,9 @@ class Family:
     denoiser: str = "unet"
     steps: int = 20
     spacing: str = ""
-    t5_tokens: int = 0
+    distilled_steps: int = 4
+    max_tokens: int = 0
+    is_torch_alone: bool = False
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -102,7 +107,7 @@ FAMILIES: Mapping[str, Family] = {
         denoiser="transformer",
         steps=28,
         spacing="linspace",
-        t5_tokens=256,
+        max_tokens=256,
     ),
     "FluxPipeline": Family(
         name="flux",
@@ -119,18 +124,40 @@ FAMILIES: Mapping[str, Family] = {
         denoiser="transformer",
         steps=28,
         spacing="trailing",
-        t5_tokens=512,
+        max_tokens=512,
+    ),
+    "ZImagePipeline": Family(
+        name="z-image",
+        components={
+            "transformer": ("ZImageTransformer2DModel",),
+            "vae": ("AutoencoderKL",),
+            "text_encoder": ("Qwen3Model",),
+            "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+        },
+        inputs=Z_IMAGE_INPUTS,
+        guidance_scale=6.0,
+        denoiser="transformer",
+        steps=50,
+        spacing="trailing",
+        distilled_steps=8,
+        max_tokens=512,
+        is_torch_alone=True,
     ),
 }
-"""The pipeline classes that can be exported."""
+"""The pipeline classes that can be exported, beside those of `SAME_NETWORKS`."""
+SAME_NETWORKS = {
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+}
+"""Classes whose networks are those of another one. What they do with a picture and its mask is done by the server."""
 REFINER = "the server does not run SDXL's refiner"
 WHY_NOT = {
     "StableDiffusionXLImg2ImgPipeline": REFINER,
-    "StableDiffusionInpaintPipeline": "its UNet may need a mask as an input",
-    "StableDiffusionXLInpaintPipeline": "its UNet may need a mask as an input",
     "FluxFillPipeline": "its transformer needs a mask as an input",
     "FluxControlPipeline": "its transformer needs another picture as an input",
     "FluxKontextPipeline": "its transformer needs another picture as an input",
+    "ZImageOmniPipeline": "its transformer needs other pictures as an input",
+    "ZImageControlNetPipeline": "its transformer needs what a control network makes as an input",
 }
 """Why some classes are not exported although they look similar."""
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -189,6 +216,12 @@ class Source:
     configs: Mapping[str, Config]
     licence: str = ""
 
+    @property
+    def pipeline_class(self) -> str:
+        """The class of diffusers that loads it."""
+        found = str(self.index["_class_name"])
+        return SAME_NETWORKS.get(found, found)
+
 
 def read(folder: Path, findings: Findings) -> Source:
     """Reads a folder; what is wrong with its index goes to `findings`.
@@ -230,10 +263,11 @@ def read(folder: Path, findings: Findings) -> Source:
 
 def _family(folder: Path, index: Config) -> Family:
     found = str(index.get("_class_name"))
-    if found not in FAMILIES:
+    family = FAMILIES.get(SAME_NETWORKS.get(found, found))
+    if family is None:
         why = f" ({WHY_NOT[found]})" if found in WHY_NOT else ""
-        raise ExportError(f"{folder} is a {found}{why}; what can be exported: {', '.join(FAMILIES)}")
-    return FAMILIES[found]
+        raise ExportError(f"{folder} is a {found}{why}; what can be exported: {', '.join((*FAMILIES, *SAME_NETWORKS))}")
+    return family
 
 
 def scheduler_class(source: Source) -> str:

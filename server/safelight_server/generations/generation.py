@@ -79,8 +79,9 @@ class Generation:
         now: Unix seconds, on the clock that all replicas share.
 
     Attributes:
+        name: its resource name.
         owned: whether this replica decides the outcome; otherwise another replica does, and this one shows it.
-        durability: what Accepted promises: LOCAL or REPLICATED.
+        durability: REPLICATED once its record is written, else LOCAL; Accepted promises what it is then.
         journal: stores its events for other replicas; None: they are not stored.
     """
 
@@ -101,6 +102,7 @@ class Generation:
         price: ComputePrice | None = None,
     ) -> None:
         self.identifier = identifier
+        self.name = f"generations/{identifier}"
         self.caller = caller
         self.request = request
         self.log = events
@@ -132,11 +134,6 @@ class Generation:
         self._logger = log.bind(generation=self.name)
 
     @property
-    def name(self) -> str:
-        """The resource name."""
-        return f"generations/{self.identifier}"
-
-    @property
     def output_ids(self) -> list[int]:
         """The scheduler's ids of those of its outputs that have an execution."""
         return [output.output_id for output in self.outputs if output.output_id]
@@ -159,6 +156,8 @@ class Generation:
     @property
     def degradations(self) -> tuple[Degradation, ...]:
         """What its quality floor gave up under load."""
+        if not self.request.degradations:
+            return ()
         similar = any(output.origin.disposition is Disposition.SIMILAR for output in self.outputs)
         # a replica that took the generation over develops the picture where the similar one is gone
         return tuple(

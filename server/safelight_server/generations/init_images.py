@@ -49,14 +49,20 @@ class InitImages:
         self._max_pixels = max_pixels
         self._one_at_a_time = asyncio.Semaphore(1)
 
-    async def load(self, tenant: str, spec: Spec) -> InitImage | None:
+    async def load(self, tenant: str, spec: Spec, *, needs_mask: bool = False) -> InitImage | None:
         """The init image of a spec with its mask; None: the spec starts from noise.
+
+        Args:
+            needs_mask: whether the spec's model only inpaints.
 
         Raises:
             NotFoundError: the tenant has no such picture.
-            InvalidRequestError: the picture exceeds the server's bounds, which have changed since the upload.
+            InvalidRequestError: the picture exceeds the server's bounds, which have changed since the upload, or a
+                mask is needed.
             StoreError: a tier that replicas share has failed.
         """
+        if needs_mask and not spec.mask:  # it was accepted by a replica with another revision
+            raise InvalidRequestError([FieldViolation("spec.mask", "the model only develops a part of a picture anew")])
         if not spec.init_image:
             return None
         size = spec.width_px, spec.height_px
@@ -64,7 +70,7 @@ class InitImages:
         mask = None
         if spec.mask:
             mask = await self._decoded(tenant, spec.mask, "spec.mask", decode_mask, *size)
-        return InitImage(spec.init_image, pixels, mask)
+        return InitImage(spec.init_image, pixels, mask, spec.mask)
 
     async def load_controls(self, tenant: str, spec: Spec, offered: Sequence[str]) -> tuple[RowControl, ...]:
         """The controls of a spec with their pictures.

@@ -159,9 +159,12 @@ class Planner:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
         adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
+        plans = await self._plan(generation, branched_from)
+        if image is None and image_prompt is None and not adapters and not controls:
+            return plans
         return [
             replace(plan, image=image, adapters=adapters, controls=controls, image_prompt=image_prompt)
-            for plan in await self._plan(generation, branched_from)
+            for plan in plans
         ]
 
     async def _load_images(
@@ -170,7 +173,7 @@ class Planner:
         tenant, spec = generation.caller.tenant, generation.request.spec
         manifest = self._catalog.get(spec.model).manifest
         return (
-            await self._images.load(tenant, spec),
+            await self._images.load(tenant, spec, needs_mask=manifest.is_inpainting),
             await self._images.load_controls(tenant, spec, manifest.controls),
             await self._images.load_image_prompt(tenant, spec, manifest.image_prompt),
         )
@@ -182,6 +185,8 @@ class Planner:
         excluded = {query.name.exact for query in queries}
         for query in queries:
             query.excluded = excluded
+        if len(queries) == 1:  # without the task that `gather` makes
+            return [await self._find(queries[0])]
         return list(await asyncio.gather(*(self._find(query) for query in queries)))
 
     async def _find(self, wanted: CacheQuery) -> OutputPlan:

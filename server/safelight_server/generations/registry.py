@@ -32,7 +32,7 @@ from safelight_server.domain.errors import (
     SafelightError,
     UnavailableError,
 )
-from safelight_server.domain.events import Disposition, FinishReason, GenerationState, Queued
+from safelight_server.domain.events import Disposition, Durability, FinishReason, GenerationState, Queued
 from safelight_server.domain.request import PreviewPolicy, Request
 from safelight_server.engine.engine import Engine
 from safelight_server.generations.admission import BATCH_ROOM, AdmissionLimits
@@ -263,8 +263,8 @@ class Generations:
         except FailedPreconditionError:
             if self._ownership is None or await self._ownership.owners.has_record(identifier):
                 raise
-            # the answer to the write of its record was lost, so it was accepted as LOCAL, and it has been settled since
-            raise UnavailableError("another replica has just ended it; try again", retry_after_s=0.1) from None
+            # it was refused after its record had been read here, and nothing is left of it
+            raise UnavailableError("another replica has just refused it; try again", retry_after_s=0.1) from None
 
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
@@ -586,7 +586,7 @@ class Generations:
             self._end_drained(generation)
 
     def _end_drained(self, generation: Generation) -> None:
-        if generation.journal is not None:
+        if generation.durability is Durability.REPLICATED:
             self._move(generation)
         elif generation.ended:
             self._streams.end_all(generation, _drained(generation))

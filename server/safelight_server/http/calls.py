@@ -166,7 +166,7 @@ class Calls:
 
     async def _answer(self, call: HttpCall, method: Method, read: BodyReader) -> Response | None:
         # the handler recognizes the caller again; this is done here so that no body of an unknown caller is read
-        call.caller = self._identity.recognize(call.context.invocation_metadata(), call.context.peer())
+        call.caller = await self._identity.recognize(call.context.invocation_metadata(), call.context.peer())
         try:
             await read(call, call.caller)
             async with call.context.calling():

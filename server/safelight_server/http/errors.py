@@ -82,7 +82,8 @@ def error_response(status: status_pb2.Status) -> JSONResponse:
     should_retry = retry is not None or status.code == grpc.StatusCode.UNAVAILABLE.value[0]
     headers["x-should-retry"] = "true" if should_retry else "false"
     if status.code == grpc.StatusCode.UNAUTHENTICATED.value[0]:
-        headers["www-authenticate"] = "Bearer"
+        wrong_token = reason_of(status) in ("TOKEN_INVALID", "TOKEN_EXPIRED")
+        headers["www-authenticate"] = 'Bearer error="invalid_token"' if wrong_token else "Bearer"  # RFC 6750
     return JSONResponse(error_body(status), status_code(status), headers)
 
 

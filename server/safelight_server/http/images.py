@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 from safelight_server.api.service import GENERATION_SERVICE
 from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.domain.errors import FieldViolation, InvalidRequestError
 from safelight_server.http.calls import CLOSE, HttpCall
 from safelight_server.http.context import CallAbortError, Rpcs
 from safelight_server.http.errors import error_body, error_response
@@ -189,6 +190,9 @@ class ImageGenerations:
         _check_json(call)
         parameters = parse(call.body)
         message, pipeline = generate_request(parameters, self._catalog, idempotency_key(call.request.headers))
+        if pipeline.manifest.is_inpainting:
+            what = f"{pipeline.name} only inpaints: send a picture and a mask to POST /v1/images/edits"
+            raise InvalidRequestError([FieldViolation("model", what)])
         return await self.develop(call, parameters, message, ImageAnswer(parameters, pipeline))
 
     async def develop(

@@ -27,21 +27,22 @@ class StableRows:
     """An input whose rows stay the same from call to call, so that a runtime which holds a row need not copy it again.
 
     Attributes:
-        source: (N, ...) float32; the rows at `index` do not change while the call runs.
-        index: (B,) positions of the rows of `source` that the call takes.
-        versions: (B,) int64; rows with equal versions are bit-equal, in all calls of a process.
+        shape: of one row.
+        versions: (B,) int64; rows with equal versions are bit-equal, in all calls of a process. 0: a row of zeros.
+        take: makes a copy, (N, ...) float32, of the rows at N positions in the batch. Its rows do not change while the
+            call runs.
     """
 
-    source: FloatArray
-    index: npt.NDArray[np.intp]
+    shape: tuple[int, ...]
     versions: npt.NDArray[np.int64]
+    take: Callable[[npt.NDArray[np.intp]], FloatArray]
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.versions)
 
     def array(self) -> FloatArray:
         """A copy of the rows, (B, ...) float32."""
-        return self.source[self.index]
+        return self.take(np.arange(len(self)))
 
 
 Inputs = Mapping[str, Array | StableRows]

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from safelight_server.catalog import config_pbtxt
 from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
 from safelight_server.catalog.config_pbtxt import ConfigError
-from safelight_server.catalog.manifest import ENCODER_SOURCE, LATENT_SOURCE
+from safelight_server.catalog.manifest import ENCODER_SOURCE, INPAINTING_INPUTS, LATENT_SOURCE
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
-from safelight_server.export.exporter import load_components
+from safelight_server.export.exporter import computed_buffers, load_components
 from safelight_server.export.source import ExportError
 from safelight_server.runtime import cores, memory, verification
 from safelight_server.runtime.base import (
@@ -297,9 +297,15 @@ def _overflows(module: nn.Module) -> bool:
 
 
 def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    computed = computed_buffers(module)
     if device.type == "cpu":
-        return module.to(dtype=dtype)
-    return module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        placed = module.to(dtype=dtype)
+    else:
+        placed = module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    for name, tensor in computed.items():  # these stay float32
+        owner, _, own = name.rpartition(".")
+        setattr(placed.get_submodule(owner), own, tensor.to(device))
+    return placed
 
 
 def _halved(pipeline: Pipeline, component: Component) -> frozenset[str]:
@@ -307,7 +313,8 @@ def _halved(pipeline: Pipeline, component: Component) -> frozenset[str]:
     if component is not Component.DENOISER:
         return frozenset({"latent", "image"})
     sources = pipeline.manifest.inputs.items()
-    return frozenset(name for name, at in sources if at == LATENT_SOURCE or at.startswith(ENCODER_SOURCE))
+    latents = (LATENT_SOURCE, *INPAINTING_INPUTS.values())
+    return frozenset(name for name, at in sources if at in latents or at.startswith(ENCODER_SOURCE))
 
 
 def _call(instance: _Instance, network: _Network, inputs: Inputs) -> dict[str, FloatArray]:

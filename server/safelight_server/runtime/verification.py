@@ -21,7 +21,9 @@ from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     CONTROL_IMAGES_SOURCE,
     CONTROL_SCALES_SOURCE,
+    ENCODER_MASK_INPUT,
     IMAGE_PROMPT_SCALE_SOURCE,
+    MASK_SOURCE,
 )
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import CostCurve
@@ -71,6 +73,7 @@ def at_sizes(inputs: Sequence[InputSpec], pipeline: Pipeline) -> list[list[Input
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         picture = (3, size.height_px, size.width_px)
         shapes = {"image": picture, CONTROL_IMAGES_SOURCE: (len(pipeline.manifest.controls), *picture)}
+        shapes[MASK_SOURCE] = (1, *latent[1:])
         found.append([_at_size(spec, shapes.get(spec.name, latent)) for spec in inputs])
     return found
 
@@ -110,6 +113,10 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
         if spec.name == IMAGE_PROMPT_SCALE_SOURCE:  # at most 1, and of every third row none
             made[spec.name] *= np.float32(1 / LAST_TIMESTEP)
             made[spec.name][2::3] = 0
+        if spec.name == ENCODER_MASK_INPUT:  # prompts of all lengths, the first as long as the context
+            lengths = rng.integers(1, shape[-1] + 1, rows)
+            lengths[0] = shape[-1]
+            made[spec.name] = (np.arange(shape[-1]) < lengths[:, None]).astype(np.float32)
     return made
 
 

@@ -79,14 +79,15 @@ def serialize(generation: str, event: Event, sequence: int = 0) -> bytes:
     """An event as a GenerateResponse or WatchGenerationResponse."""
     message = event_message(event)
     message.sequence = sequence
-    return _stamped(generation, message)
+    return _stamped(generation, pb.GenerateResponse(event=message))
 
 
-def _stamped(generation: str, event: pb.GenerationEvent) -> bytes:
-    """Adds the time and the generation's name, and serializes."""
+def _stamped(generation: str, response: pb.GenerateResponse) -> bytes:
+    """Adds the time and the generation's name to the event, and serializes."""
+    event = response.event
     event.generation = generation
     event.event_time.seconds, event.event_time.nanos = divmod(time.time_ns(), 1_000_000_000)
-    return pb.GenerateResponse(event=event).SerializeToString()
+    return response.SerializeToString()
 
 
 def artifact(generation: str, output_index: int, picture: EncodedPicture, piece_bytes: int) -> SerializedArtifact:
@@ -94,8 +95,8 @@ def artifact(generation: str, output_index: int, picture: EncodedPicture, piece_
     total = len(picture.data)
     pieces = []
     for start in range(0, total, piece_bytes):
-        event = pb.GenerationEvent()
-        chunk = event.artifact_chunk
+        response = pb.GenerateResponse()  # filled in place: a message that is put into another one is copied
+        chunk = response.event.artifact_chunk
         chunk.output_index = output_index
         chunk.media_type = picture.media_type.value
         chunk.width_px, chunk.height_px = picture.width_px, picture.height_px
@@ -104,7 +105,7 @@ def artifact(generation: str, output_index: int, picture: EncodedPicture, piece_
         chunk.data = picture.data[start : start + piece_bytes]
         if start + piece_bytes >= total:
             chunk.sha256 = hashlib.sha256(picture.data).digest()
-        pieces.append(_stamped(generation, event))
+        pieces.append(_stamped(generation, response))
     return SerializedArtifact(output_index, total, piece_bytes, tuple(pieces))
 
 
@@ -113,8 +114,8 @@ def preview(generation: str, output_index: int, rendered: RenderedPreview, num_d
     place = (generation, output_index)
     if num_dropped == 0 and place in rendered.messages:
         return rendered.messages[place]
-    event, picture = pb.GenerationEvent(), rendered.picture
-    message = event.preview
+    response, picture = pb.GenerateResponse(), rendered.picture
+    message = response.event.preview
     message.output_index, message.step = output_index, rendered.step
     message.media_type = picture.media_type.value
     message.width_px, message.height_px = picture.width_px, picture.height_px
@@ -122,7 +123,7 @@ def preview(generation: str, output_index: int, rendered: RenderedPreview, num_d
     message.method = PREVIEW_METHODS[rendered.method]
     message.num_dropped = num_dropped
     message.data = picture.data
-    data = _stamped(generation, event)
+    data = _stamped(generation, response)
     if num_dropped == 0:
         rendered.messages[place] = data
     return data

@@ -31,6 +31,7 @@ STATUSES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
 REFUSALS = (
     *("QUEUE_FULL", "DEADLINE_UNREACHABLE", "REQUEST_RATE_EXCEEDED", "COMPUTE_QUOTA_EXCEEDED", "TOO_MANY_STREAMS"),
     *("TOO_MANY_UNREAD_BYTES", "RUNTIME_UNAVAILABLE", "DRAINING", "INTERNAL", "UNAUTHENTICATED", "INVALID_REQUEST"),
+    *("TOKEN_EXPIRED", "TOKEN_INVALID", "TOKEN_NOT_ALLOWED", "TOKEN_KEY_UNKNOWN", "IDENTITY_PROVIDER_UNAVAILABLE"),
 )
 """Reasons of refusals that have a series from the start."""
 FAULTS = ("rows", "instance", "nobody")
@@ -162,8 +163,7 @@ class Metrics:
             buckets=LAG_S,
             registry=registry,
         )
-        for status in STATUSES:
-            self._outcomes.labels(status)
+        self._ended = {status: self._outcomes.labels(status) for status in STATUSES}
         for reason in REFUSALS:
             self._refused.labels(reason)
         for name in CLASSES:
@@ -173,7 +173,7 @@ class Metrics:
                 for kind in DEGRADATIONS:
                     self._degradations.labels(kind, name)
             self._first_preview.labels(name)
-            self._duration.labels(name)
+        self._durations = {name: self._duration.labels(name) for name in CLASSES}
         for kind in KINDS:
             for fault in FAULTS:
                 self._failed_calls.labels(kind, fault)
@@ -252,15 +252,16 @@ class Metrics:
 
     def ended(self, status: str, seconds: float, tenant: str, priority: str) -> None:
         """Counts a generation that ended with a status, `seconds` after its acceptance."""
-        self._outcomes.labels(status).inc()
-        self._duration.labels(priority).observe(seconds)
+        (self._ended.get(status) or self._outcomes.labels(status)).inc()
+        self._durations[priority].observe(seconds)
         self.tenants.ended(tenant, status)
 
     def previews(self, num_sent: int, num_bytes: int, num_dropped: int, first_s: float | None, priority: str) -> None:
         """Counts a generation's previews; the first was sent `first_s` seconds after acceptance (None: none was)."""
-        self.previews_sent.inc(num_sent)
-        self.preview_bytes.inc(num_bytes)
-        self.previews_dropped.inc(num_dropped)
+        if num_sent or num_dropped:
+            self.previews_sent.inc(num_sent)
+            self.preview_bytes.inc(num_bytes)
+            self.previews_dropped.inc(num_dropped)
         if first_s is not None:
             self._first_preview.labels(priority).observe(first_s)
 
@@ -382,19 +383,21 @@ class CacheMetrics:
         self._not_kept = Counter(
             "safelight_cache_not_kept", "Results not kept because too many were being written", registry=registry
         )
-        for kind in HITS:
-            self.served(kind, 0, 0.0, num_outputs=0)
+        self._served = {
+            kind: (self._hits.labels(kind), self._steps.labels(kind), self._compute.labels(kind)) for kind in HITS
+        }
         self._looked = {kind: self._lookups.labels(kind) for kind in LOOKUPS}
 
     def looked(self, kind: str, seconds: float) -> None:
         """Records the duration of a cache lookup for one output."""
         self._looked[kind].observe(seconds)
 
-    def served(self, kind: str, num_steps: int, compute_s: float, num_outputs: int = 1) -> None:
-        """Counts outputs that earlier work served, and the denoising steps and compute seconds of that work."""
-        self._hits.labels(kind).inc(num_outputs)
-        self._steps.labels(kind).inc(num_steps)
-        self._compute.labels(kind).inc(compute_s)
+    def served(self, kind: str, num_steps: int, compute_s: float) -> None:
+        """Counts an output that earlier work served, and the denoising steps and compute seconds of that work."""
+        hits, steps, compute = self._served[kind]
+        hits.inc()
+        steps.inc(num_steps)
+        compute.inc(compute_s)
 
     def rejected(self) -> None:
         """Counts a similar picture that the text guard rejected: its prompt says something else."""

@@ -23,11 +23,15 @@ class TenantMetrics:
             "safelight_tenant_compute_seconds", "Compute as billed", ["tenant", "model"], registry=registry
         )
         self._known: set[str] = set()
-        self._resolved: dict[tuple[str, str], Counter] = {}  # of compute: each call of the runtime adds to some
+        self._ended: dict[tuple[str, str], Counter] = {}
+        self._computed: dict[tuple[str, str], Counter] = {}
 
     def ended(self, tenant: str, status: str) -> None:
         """Counts a generation that ended with this status."""
-        self._generations.labels(self._label(tenant), status).inc()
+        at = self._label(tenant), status
+        if (counter := self._ended.get(at)) is None:
+            counter = self._ended[at] = self._generations.labels(*at)
+        counter.inc()
 
     def refused(self, tenant: str, reason: str) -> None:
         """Counts a call that was refused."""
@@ -36,8 +40,8 @@ class TenantMetrics:
     def computed(self, tenant: str, model: str, seconds: float) -> None:
         """Adds compute that was made for a tenant."""
         at = self._label(tenant), model
-        if (counter := self._resolved.get(at)) is None:
-            counter = self._resolved[at] = self._compute.labels(*at)
+        if (counter := self._computed.get(at)) is None:
+            counter = self._computed[at] = self._compute.labels(*at)
         counter.inc(seconds)
 
     def _label(self, tenant: str) -> str:

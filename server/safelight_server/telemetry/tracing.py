@@ -36,6 +36,7 @@ TRACE_STATE_CHARS = 512
 logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # it warns of each malformed tracestate
 _PROPAGATOR = TraceContextTextMapPropagator()
 _NOTHING: Mapping[str, str | int | float] = {}
+_NO_STAGE = contextlib.nullcontext()
 
 
 class Tracing:
@@ -81,6 +82,8 @@ class Tracing:
         carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")} if known else {}
         if len(carrier.get("tracestate", "")) > TRACE_STATE_CHARS:
             del carrier["tracestate"]
+        if self._provider is None and not carrier:
+            return Stage(self, trace.INVALID_SPAN)
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
         parent = _PROPAGATOR.extract(carrier, contexts.Context())
         span = self.tracer.start_span(f"{service}/{method}", parent, kind=SpanKind.SERVER, attributes=attributes)
@@ -163,9 +166,12 @@ class Stage:
             self.note({"safelight.reason": reason})
         self.end(fault(code, reason))
 
-    @contextlib.contextmanager
-    def within(self, name: str) -> Iterator[None]:
+    def within(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A child stage that lasts as long as the block."""
+        return self._within(name) if self.recorded else _NO_STAGE
+
+    @contextlib.contextmanager
+    def _within(self, name: str) -> Iterator[None]:
         stage = self.begin(name)
         try:
             yield

@@ -45,10 +45,11 @@ def check_encoding(message: pb.PixelEncoding, field: str, faults: Violations) ->
                 f"must be a power of two from 4 to {MAX_ROW_ALIGNMENT}",
             )
     bottom_up = from_number(BOTTOM_UP, message.row_order, default=False)
-    ordered = f"only {listed(ROWS)} have it; leave it out"
-    if message.row_order and faults.check(media_type in ROWS, f"{field}.row_order", ordered):
-        known = bottom_up is not None
-        faults.check(known, f"{field}.row_order", "must be ROW_ORDER_TOP_DOWN or ROW_ORDER_BOTTOM_UP")
+    if message.row_order:
+        ordered = f"only {listed(ROWS)} have it; leave it out"
+        if faults.check(media_type in ROWS, f"{field}.row_order", ordered):
+            known = bottom_up is not None
+            faults.check(known, f"{field}.row_order", "must be ROW_ORDER_TOP_DOWN or ROW_ORDER_BOTTOM_UP")
     texture_format = from_number(TEXTURE_FORMATS, message.texture_format, default=TextureFormat.BC1)
     only_ktx = f"only {MediaType.KTX2} has it; leave it out"
     if message.texture_format and faults.check(media_type is MediaType.KTX2, f"{field}.texture_format", only_ktx):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import unicodedata
 
@@ -18,7 +19,8 @@ from safelight_server.validation.violations import Violations, listed, shown
 from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_number
 
 MAX_PROMPTS = 4
-LINE_BREAKS = "\t\n\r"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and surrogates (Cc and Cs of Unicode), without tabs and line breaks."""
 MAX_ADAPTERS = 4
 """Adapters of one request."""
 MAX_ADAPTER_SCALE = 10.0
@@ -26,6 +28,8 @@ MAX_CONTROL_SCALE = 10.0
 SHARE_OF_STEPS = "a share of the steps"
 MAX_IMAGE_PROMPT_SCALE = 2.0
 DEFAULT_STRENGTH = 0.8
+INPAINTING_STRENGTH = 1.0
+"""Of a model that only inpaints: the part is drawn from noise, as its training had it and diffusers does."""
 WITHOUT_GUIDANCE = "goes with guidance; leave it out, or ask for a guidance_scale above 1"
 DISTILLED = "the model has its guidance from training and draws one row a step; leave it out"
 
@@ -132,9 +136,8 @@ def _add_prompt(texts: dict[Role, str], entry: pb.Prompt, field: str, max_chars:
 def _check_text(text: str, field: str, max_chars: int, faults: Violations, *, blank: bool = False) -> None:
     if not faults.check(len(text) <= max_chars, field, f"has {len(text)} characters; at most {max_chars} are taken"):
         return
-    odd = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in LINE_BREAKS), None)
-    if odd is not None:
-        faults.add(field, f"has the control character U+{ord(odd):04X}; take it out")
+    if (odd := CONTROL.search(text)) is not None:
+        faults.add(field, f"has the control character U+{ord(odd[0]):04X}; take it out")
     elif not blank:
         faults.check(not _is_blank(text), field, "must not be blank")
 
@@ -183,7 +186,7 @@ def _interval(message: pb.GuidanceInterval | pb.Control, field: str, faults: Vio
 
 def _shortest(value: float) -> float:
     """The shortest decimal of a float32: 0.7 instead of 0.699999988, which would be 6 of 10 steps."""
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value))) if value else value
 
 
 def _size(message: pb.GenerationSpec, pipeline: Pipeline, faults: Violations) -> tuple[int, int]:
@@ -242,15 +245,23 @@ def _init_image(
     message: pb.GenerationSpec, pipeline: Pipeline, steps: int | None, faults: Violations
 ) -> tuple[str, float, str]:
     """The picture to start from, the strength, and the mask."""
+    is_inpainting, model = pipeline.manifest.is_inpainting, f"models/{pipeline.name}"
+    if is_inpainting:
+        what = f"{model} only develops a part of a picture anew: give the picture, and in mask which part"
+        faults.check(bool(message.init_image), "spec.init_image", what)
+        what = f"{model} only develops a part of a picture anew: say which; a white picture stands for all of it"
+        faults.check(bool(message.mask), "spec.mask", what)
+        if not message.init_image:
+            return "", 1.0, ""
     if not message.init_image:
         faults.check(not message.HasField("strength"), "spec.strength", "goes with init_image; leave it out")
         faults.check(not message.mask, "spec.mask", "goes with init_image; leave it out")
         return "", 1.0, ""
-    what = f"models/{pipeline.name} cannot start from a picture: it has no encoder; ListModels shows which models can"
+    what = f"{model} cannot start from a picture: it has no encoder; ListModels shows which models can"
     faults.check(pipeline.has_encoder, "spec.init_image", what)
     init_image = source_image(message.init_image, "spec.init_image", faults)
     mask = source_image(message.mask, "spec.mask", faults) if message.mask else ""
-    strength = DEFAULT_STRENGTH
+    strength = INPAINTING_STRENGTH if is_inpainting else DEFAULT_STRENGTH
     if message.HasField("strength"):
         strength = _shortest(message.strength)
     if faults.check(0 < strength <= 1, "spec.strength", "must be above 0 and at most 1") and steps is not None:

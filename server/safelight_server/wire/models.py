@@ -64,14 +64,18 @@ def model_message(
             for component in Component
             if component is not Component.DENOISER and component in manifest.components
         ],
-        tasks=[
-            models_pb2.TASK_TEXT_TO_IMAGE,
-            *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
-        ],
+        tasks=_tasks(pipeline),
         adapters=[models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank) for at in adapters],
         controls=[models_pb2.ControlInfo(name=name) for name in manifest.controls],
         image_prompt=manifest.image_prompt is not None,
     )
+
+
+def _tasks(pipeline: Pipeline) -> list[models_pb2.Task.ValueType]:
+    if pipeline.manifest.is_inpainting:
+        return [models_pb2.TASK_INPAINTING]
+    of_pictures = [models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING] if pipeline.has_encoder else []
+    return [models_pb2.TASK_TEXT_TO_IMAGE, *of_pictures]
 
 
 def _tolerance_note(tolerance: float) -> list[str]:

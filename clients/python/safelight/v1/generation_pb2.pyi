@@ -351,21 +351,22 @@ class GenerationSpec(_message.Message):
     uploaded, and `Accepted.spec` gives its name in the form "images/{sha256}". A
     picture of another aspect ratio is cropped around its centre, then it is
     scaled. Transparent parts count as white. Only for models with
-    TASK_IMAGE_TO_IMAGE. NOT_FOUND if there is no picture of this name, if it has
-    expired, or if it belongs to another tenant; FAILED_PRECONDITION if the output
-    is not finished.
+    TASK_IMAGE_TO_IMAGE or TASK_INPAINTING. NOT_FOUND if there is no picture of
+    this name, if it has expired, or if it belongs to another tenant;
+    FAILED_PRECONDITION if the output is not finished.
     """
     strength: _builtins.float
     """How far the pictures may depart from `init_image`, above 0 and at most 1: the
     share of the denoising steps that are made. The first steps are skipped.
-    Absent: 0.8. Only with `init_image`.
+    Absent: 0.8, or 1 if TASK_INPAINTING is the model's only task. Only with
+    `init_image`.
     """
     mask: _builtins.str
     """Which part of `init_image` is developed anew: the name of a picture, in the
     forms of `init_image`, cropped and scaled in the same way. White is developed,
     black is kept, and grey is a soft edge between the two. If the picture has an
     alpha channel, only that counts: transparent is developed, opaque is kept.
-    Only with `init_image`.
+    Only with `init_image`. A model whose only task is TASK_INPAINTING needs both.
     """
     guidance_rescale: _builtins.float
     """How much of the contrast that guidance adds is taken back, from 0 (none) to

@@ -34,7 +34,9 @@ class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType],
     TASK_IMAGE_TO_IMAGE: _Task.ValueType  # 2
     """Makes a picture from a prompt and a picture: `GenerationSpec.init_image`."""
     TASK_INPAINTING: _Task.ValueType  # 3
-    """Develops a part of a picture anew and keeps the rest: `GenerationSpec.mask`."""
+    """Develops a part of a picture anew and keeps the rest: `GenerationSpec.mask`.
+    A model with this task alone needs a picture and a mask in each request.
+    """
 
 class Task(_Task, metaclass=_TaskEnumTypeWrapper):
     """A kind of request that a model can support."""
@@ -46,7 +48,9 @@ TASK_TEXT_TO_IMAGE: Task.ValueType  # 1
 TASK_IMAGE_TO_IMAGE: Task.ValueType  # 2
 """Makes a picture from a prompt and a picture: `GenerationSpec.init_image`."""
 TASK_INPAINTING: Task.ValueType  # 3
-"""Develops a part of a picture anew and keeps the rest: `GenerationSpec.mask`."""
+"""Develops a part of a picture anew and keeps the rest: `GenerationSpec.mask`.
+A model with this task alone needs a picture and a mask in each request.
+"""
 Global___Task: _TypeAlias = Task  # noqa: Y015
 
 @_typing.final

@@ -39,8 +39,8 @@ seccompProfile: {type: RuntimeDefault}
 {{/* Refuses values that contradict each other, which the schema cannot express. */}}
 {{- define "safelight.check" -}}
 {{- $v := .Values }}
-{{- if and (not $v.insecure) (or (not $v.tls.secret) (not $v.apiKeys.secret)) }}
-{{- fail "give tls.secret and apiKeys.secret, or insecure: true" }}
+{{- if and (not $v.insecure) (or (not $v.tls.secret) (and (not $v.apiKeys.secret) (not $v.settings.oidc_issuer))) }}
+{{- fail "give tls.secret and apiKeys.secret (or settings.oidc_issuer), or insecure: true" }}
 {{- end }}
 {{- if and (or $v.redis.url $v.redis.secret $v.cache.s3.url $v.cache.diskGiB) (not $v.cache.keySecret) }}
 {{- fail "redis, cache.s3 and cache.diskGiB need cache.keySecret: everything kept there is sealed" }}

@@ -83,6 +83,41 @@ run "redis" {
   }
 }
 
+run "without_applications" {
+  command = plan
+  assert {
+    condition     = length(module.users) == 0 && !contains(keys(local.helm_values.settings), "oidc_issuer") && output.token_url == ""
+    error_message = "no pool, and the server is told of none"
+  }
+}
+
+run "users" {
+  command = plan
+  module { source = "../modules/users" }
+  variables {
+    name         = "safelight"
+    applications = { studio = ["generate"], operators = ["generate", "admin"] }
+  }
+  assert {
+    condition     = alltrue([for client in aws_cognito_user_pool_client.application : client.allowed_oauth_flows == toset(["client_credentials"]) && client.generate_secret])
+    error_message = "applications have secrets, and nobody signs in"
+  }
+  assert {
+    condition     = aws_cognito_user_pool_client.application["studio"].allowed_oauth_scopes == toset(["safelight/generate"])
+    error_message = "no application gets a scope that it was not given"
+  }
+  assert {
+    condition     = aws_cognito_user_pool.this.admin_create_user_config[0].allow_admin_create_user_only && aws_cognito_user_pool.this.deletion_protection == "ACTIVE"
+    error_message = "nobody signs up, and the pool is not deleted by accident"
+  }
+}
+
+run "an_unknown_scope_is_refused" {
+  command = plan
+  variables { applications = { studio = ["everything"] } }
+  expect_failures = [var.applications]
+}
+
 run "cluster" {
   command = plan
   module { source = "../modules/cluster" }

@@ -53,6 +53,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the model and runs one row of zeros, so that the first request is not slower than the others.
 
+        A model with open dimensions is not run: which sizes it takes is not known here. A `model_warmup` says it.
+
         Raises:
             TritonModelException: the configuration or the model cannot be used.
         """
@@ -64,8 +66,8 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         file = folder / (config.get("default_model_filename") or "model.onnx")
         self._session = onnxruntime.InferenceSession(file, options(config), providers=["CPUExecutionProvider"])
-        warm = {tensor["name"]: _zeros(tensor) for tensor in config["input"]}
-        self._session.run(self._outputs, warm)
+        if all(int(dim) >= 0 for tensor in config["input"] for dim in tensor["dims"]):
+            self._session.run(self._outputs, {tensor["name"]: _zeros(tensor) for tensor in config["input"]})
         self._messages = Messages(*_shared_memory())
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -166,10 +168,10 @@ def _shared_memory() -> tuple[str, int]:
 
 
 def _zeros(tensor: dict[str, Any]) -> np.ndarray:
-    """One row of zeros for an input of the session; a dimension of variable size becomes 1."""
+    """One row of zeros for an input of the session."""
     reshape = tensor.get("reshape")
     dims = tensor["dims"] if reshape is None else reshape["shape"]
-    return np.zeros((1, *(max(1, int(dim)) for dim in dims)), triton.triton_string_to_numpy(tensor["data_type"]))
+    return np.zeros((1, *(int(dim) for dim in dims)), triton.triton_string_to_numpy(tensor["data_type"]))
 
 
 def _responses(results: Tensors, feeds: list[Tensors], wanted: list[set[str]]) -> list[Any]:

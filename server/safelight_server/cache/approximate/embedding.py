@@ -46,7 +46,7 @@ def prompt_vector(
         hidden: (T, D) or longer, the encoder's `last_hidden_state` of one prompt.
         token_ids: (T,): begin, text, end, padding.
         eos_id: id of the end token; padding may use the same id.
-        num_begin_tokens: 1, or 0 where there is no begin token, as for T5.
+        num_begin_tokens: tokens before those of the text: 1, or 0 where there is no begin token, as for T5.
 
     Returns:
         (D,) float32.

@@ -72,7 +72,8 @@ class Vectors:
         if found is None:
             return None
         at = found.entry.metadata
-        name = CacheKeys(namespace, exact, at["comparable"])
+        comparable = at["comparable"]
+        name = CacheKeys(namespace, exact, lambda: comparable)
         vector = np.frombuffer(found.entry.data, np.float16).astype(np.float32)
         owner = EntryOwner(f"{namespace.prefix}/", found.entry.revision, found.entry.generation)
         return StoredVector(name, at["pipeline"], vector, int(at["steps"]), int(at["bytes"]), owner)

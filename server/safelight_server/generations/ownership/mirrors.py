@@ -303,8 +303,8 @@ class Mirrors:
     def _gone_s(mirror: Mirror, *, recorded: bool) -> float:
         """For how long the record of a generation has been gone from Redis, as far as this replica has looked.
 
-        Either its owner accepted it as LOCAL and has settled it since: then no other replica needs it. Or Redis has
-        lost its memory: then the owner writes the record again when it renews its lease, which must be free for that.
+        Either its request was refused after its record had been written: then no replica needs it. Or Redis has lost
+        its memory: then the owner writes the record again when it renews its lease, which must be free for that.
         """
         if recorded:
             return 0.0
@@ -393,7 +393,8 @@ class Mirrors:
         owned_here = self._owners.leads(name)
         mirror = None if owned_here else await self._mirror(name)
         stored = owned_here or mirror is not None or bool(await self._context.coordinator.read(name))
-        seen = ListedSeen(owned_here=owned_here, stored=stored, readable=mirror is not None)
+        unowned_s = self._unowned_s(name)
+        seen = ListedSeen(owned_here=owned_here, stored=stored, readable=mirror is not None, unowned_s=unowned_s)
         if mirror is not None:
             has_model = self._has_model(mirror)
             seen = replace(
@@ -401,7 +402,6 @@ class Mirrors:
                 ended=mirror.generation.ended,
                 can_develop=has_model,
                 same_numerics=has_model and self._same_bits(mirror),
-                unowned_s=self._unowned_s(name),
             )
         match decide_listed(seen, self._context.ttl_s):
             case ListedAction.FOLLOW if mirror is not None:

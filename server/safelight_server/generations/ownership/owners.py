@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from safelight_server.cluster.journal import Journal
+from safelight_server.cluster.journal import Journal, Write
 from safelight_server.cluster.journal_rules import GIVE_UP_S, RETRY_S
 from safelight_server.cluster.records import GenerationRecord, dump
 from safelight_server.coordination.leadership import Leadership
@@ -195,7 +195,14 @@ class Owners:
         return await Leadership.take(self._context.coordinator, self._context.name(identifier), self._context.ttl_s)
 
     async def record(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
-        """Writes the record from which another replica can continue. The generation is then REPLICATED."""
+        """Writes the record from which another replica can continue. The generation is then REPLICATED.
+
+        Where the write is not answered, the record may be in Redis all the same, or come there seconds later, and then
+        others may adopt the generation. It is accepted as LOCAL, and its record is written again until it is there.
+
+        Raises:
+            UnavailableError: another replica has taken its request id.
+        """
         own = self._own.get(generation.identifier)
         if own is None:
             return
@@ -216,16 +223,25 @@ class Owners:
             if not await self._planner.keep_starts(generation, plans):
                 return
             await self._context.coordinator.register(own.name)
-            data = dump(self._context.sealer, own.name, record)
-            if own.leader.lost.is_set() or not await own.leader.publish(data):
-                if own.leader.lost.is_set():  # another replica runs this request by now
-                    raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
-                own.decide(OwnerInput.UNRECORDED)
-                await self._context.coordinator.unregister(own.name)
-                return
-            own.decide(OwnerInput.RECORDED)
+            write = self._recording(generation, own, dump(self._context.sealer, own.name, record))
+            began = time.monotonic()
+            written = not own.leader.lost.is_set() and await write()
+            if not written and own.leader.lost.is_set():  # another replica runs this request by now
+                raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
+            action = own.decide(OwnerInput.RECORDED if written else OwnerInput.UNANSWERED)
+            generation.journal = generation.log.journal = self.journal(generation, own, [write] if written else [])
+            if action is OwnerAction.REWRITE_RECORD:
+                generation.journal.rewrite(write, began)
+
+    @staticmethod
+    def _recording(generation: Generation, own: OwnedGeneration, data: bytes) -> Write:
+        async def write() -> bool:
+            if not await own.leader.publish(data):
+                return False
             generation.durability = Durability.REPLICATED
-            generation.journal = generation.log.journal = self.journal(generation, own, [data])
+            return True
+
+        return write
 
     async def dismiss(self, generation: Generation) -> None:
         """Removes everything that was written for a generation that is refused."""
@@ -234,9 +250,15 @@ class Owners:
             return
         own.decide(OwnerInput.REFUSED)
         generation.journal = generation.log.journal = None
-        with contextlib.suppress(StoreError):
-            await self.settle_record(own, FORGET_S, 0.0)
-        await self._give_back(own)
+        if own.journal is not None:
+            await own.journal.stop()
+        settle = functools.partial(self.settle_record, own, FORGET_S, 0.0)
+        try:
+            await settle()
+        except StoreError:  # while anything of it is left, another replica may find it and run it
+            self._watch_end(self._context.start(self._close(own, settle)))
+        else:
+            await own.leader.close()
 
     def settle(self, generation: Generation, *, retryable: bool) -> None:
         """Settles a generation that has ended here. Its events stay as long as it can be watched.
@@ -256,10 +278,9 @@ class Owners:
     async def _close_unwritten(
         self, generation: Generation, own: OwnedGeneration, settle: Callable[[], Awaitable[None]]
     ) -> None:
-        """Settles a generation without a journal.
+        """Settles a generation without a record.
 
-        Its record may be in Redis although the answer to the write was lost. Then another replica may have adopted the
-        generation, and what that replica wrote counts.
+        Another replica may have taken its lease, and its request id for a generation of its own, which then counts.
         """
         await self._close(own, settle)
         if own.leader.lost.is_set():
@@ -334,7 +355,7 @@ class Owners:
     @staticmethod
     async def _close(own: OwnedGeneration, settle: Callable[[], Awaitable[None]]) -> None:
         until = time.monotonic() + GIVE_UP_S
-        while time.monotonic() < until:  # the record may be there although the answer was lost: nobody may adopt it
+        while time.monotonic() < until:  # nobody else may adopt it meanwhile
             try:
                 await settle()
                 break
@@ -342,11 +363,11 @@ class Owners:
                 await asyncio.sleep(RETRY_S)
         await own.leader.close()
 
-    def journal(self, generation: Generation, own: OwnedGeneration, written: Sequence[bytes]) -> Journal:
+    def journal(self, generation: Generation, own: OwnedGeneration, written: Sequence[Write]) -> Journal:
         """Returns the journal that the generation is written to from now on.
 
         Args:
-            written: its record and its events so far, as they are in Redis.
+            written: the writes of its record and its events that are in Redis.
         """
 
         async def enrolled() -> bool:
@@ -368,7 +389,7 @@ class Owners:
             put,
             lambda: (generation.state, generation.error),
             lambda: self._lose(generation, own),
-            [enrolled, *(functools.partial(own.leader.publish, data) for data in written)],
+            [enrolled, *written],
         )
         return own.journal
 
@@ -403,7 +424,8 @@ class Owners:
             return
         own.decide(OwnerInput.RECORDED)
         self._own[generation.identifier] = own
-        journal, planner = self.journal(generation, own, written), self._planner
+        writes = [functools.partial(own.leader.publish, data) for data in written]
+        journal, planner = self.journal(generation, own, writes), self._planner
         generation.adopt(journal, planner.numerics_id(generation), planner.batch_tolerance(generation))
 
     def _watch_end(self, task: asyncio.Task[None]) -> None:

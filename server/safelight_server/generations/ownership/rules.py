@@ -20,6 +20,8 @@ from enum import Enum
 
 PATIENCE_S = 5.0
 """How long a request waits for another replica that is about to accept the same request."""
+ABSENT_LEASES = 3
+"""For so many leases an owner that has not written its record yet may be away; nobody takes its lease meanwhile."""
 OTHERS_FIRST_LEASES = 3
 """For so many leases a generation without an owner is left to replicas with the numerics that it was accepted with."""
 
@@ -28,7 +30,7 @@ class OwnerState(Enum):
     """What this replica is to a generation that it has accepted or adopted."""
 
     CLAIMED = "it holds the lease, and nothing is recorded for others"
-    OWNED = "the record is written, and the journal is"
+    OWNED = "its record and its events are written to the journal"
     SETTLING = "the generation has ended here, and its last lines are written"
     RELEASED = "another replica may take it over"
     LOST = "another replica has taken it over"
@@ -39,7 +41,7 @@ class OwnerInput(Enum):
     """What happens to it."""
 
     RECORDED = "its record is written"
-    UNRECORDED = "its record could not be written"
+    UNANSWERED = "the write of its record is not answered"
     REFUSED = "the request is refused"
     ENDED = "it ends"
     LET_GO = "another replica has a stream for it"
@@ -50,7 +52,7 @@ class OwnerAction(Enum):
     """What is done about it."""
 
     OPEN_JOURNAL = "write its events to the journal"
-    STAY_LOCAL = "go on without a journal"
+    REWRITE_RECORD = "write its record again and then its events, to the journal"
     FORGET = "remove what was written, release the lease"
     SETTLE = "limit the life of what may be written, release the lease"
     SETTLE_AFTER_JOURNAL = "write what is left, then settle"
@@ -62,10 +64,10 @@ class OwnerAction(Enum):
 _S, _I, _A = OwnerState, OwnerInput, OwnerAction
 OWNER_TRANSITIONS: Mapping[tuple[OwnerState, OwnerInput], tuple[OwnerState, OwnerAction]] = {
     (_S.CLAIMED, _I.RECORDED): (_S.OWNED, _A.OPEN_JOURNAL),
-    (_S.CLAIMED, _I.UNRECORDED): (_S.CLAIMED, _A.STAY_LOCAL),
+    (_S.CLAIMED, _I.UNANSWERED): (_S.OWNED, _A.REWRITE_RECORD),  # it may be there, now or later: others may adopt it
     (_S.CLAIMED, _I.REFUSED): (_S.FORGOTTEN, _A.FORGET),
     (_S.CLAIMED, _I.ENDED): (_S.SETTLING, _A.SETTLE),
-    (_S.CLAIMED, _I.LET_GO): (_S.RELEASED, _A.RELEASE),  # its record is there, though the answer was lost
+    (_S.CLAIMED, _I.LET_GO): (_S.RELEASED, _A.RELEASE),
     (_S.OWNED, _I.REFUSED): (_S.FORGOTTEN, _A.FORGET),
     (_S.OWNED, _I.ENDED): (_S.SETTLING, _A.SETTLE_AFTER_JOURNAL),
     (_S.OWNED, _I.LET_GO): (_S.RELEASED, _A.RELEASE_AFTER_JOURNAL),
@@ -201,8 +203,10 @@ def decide_listed(seen: ListedSeen, lease_s: float) -> ListedAction:
     """Says what is done about a registered generation that nobody owns."""
     if seen.owned_here:
         return ListedAction.PASS_OVER
-    if not seen.stored or seen.ended:
+    if seen.ended:
         return ListedAction.UNREGISTER
+    if not seen.stored:
+        return ListedAction.UNREGISTER if seen.unowned_s >= ABSENT_LEASES * lease_s else ListedAction.PASS_OVER
     if not seen.readable:
         return ListedAction.PASS_OVER
     others_first = not seen.same_numerics and seen.unowned_s < OTHERS_FIRST_LEASES * lease_s

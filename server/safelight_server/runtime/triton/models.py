@@ -7,20 +7,26 @@ catalog has read; the config that a server reports must agree with them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import model_config_pb2 as pb
 
 from safelight_server.catalog import config_pbtxt
-from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.catalog import DATA_FILE, Catalog
 from safelight_server.catalog.config_pbtxt import ModelConfig
 from safelight_server.domain.component import Component
+from safelight_server.domain.tensors import Array, FloatArray
+from safelight_server.runtime.base import Inputs, StableRows
 from safelight_server.runtime.verification import InputSpec
 
+MESSAGE_BYTES = (2 << 30) - (1 << 20)
+"""What a message of gRPC can hold is below 2 GiB, of which a part is left for names and shapes."""
 ModelKey = tuple[str, Component]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ class Tensor:
     """An input or output of a Triton model.
 
     Attributes:
-        dims: shape of one row as the server takes it; -1 is any size.
+        dims: shape of one row as the server takes it; -1 is any length.
         row_shape: shape of one row as the network takes it (a scalar is () here and (1,) in `dims`).
         datatype: Triton's name of the type, such as "FP32".
     """
@@ -41,7 +47,7 @@ class Tensor:
 
     @property
     def is_static(self) -> bool:
-        """Whether the size of a row is known, so that it fits into shared memory."""
+        """Whether the length of every axis is known, as a place in shared memory needs."""
         return -1 not in self.dims
 
     @property
@@ -77,6 +83,18 @@ class ServedModel:
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
 
+    def shapes(self, inputs: Inputs) -> Shapes:
+        """The shapes of a call's rows for the inputs whose shapes are open, in the order of the inputs."""
+        return tuple(_row_shape(inputs[name]) for name, at in self.inputs.items() if not at.is_static)
+
+    def sized(self, inputs: Inputs, outputs: Mapping[str, FloatArray]) -> ServedModel:
+        """The same model with the shapes of a call and its results in place of those that are open."""
+        return ServedModel(
+            self.max_rows,
+            {name: _closed(at, _row_shape(inputs[name])) for name, at in self.inputs.items()},
+            {name: _closed(at, outputs[name].shape[1:]) for name, at in self.outputs.items()},
+        )
+
     def specs(self) -> list[InputSpec]:
         """Names, shapes and types of the inputs, from which `verification` makes example batches."""
         return [InputSpec(at.name, at.row_shape, at.datatype == "INT64") for at in self.inputs.values()]
@@ -90,6 +108,29 @@ _TYPES: dict[int, tuple[str, npt.DTypeLike]] = {
     pb.TYPE_FP32: ("FP32", np.float32),
     pb.TYPE_INT64: ("INT64", np.int64),
 }
+
+
+def weight_bytes(files: Iterable[Path]) -> int:
+    """Bytes of ONNX files, with the weights that are in files of their own."""
+    parts = [part for file in files for part in (file, file.with_name(DATA_FILE))]
+    return sum(part.stat().st_size for part in parts if part.exists())
+
+
+def most_rows(sizes: Sequence[Sequence[InputSpec]], bound: int) -> int:
+    """Largest batch, at most `bound`, that fits into a message of gRPC at all sizes.
+
+    What goes through shared memory is bounded too: a call goes over gRPC where there is no room for it.
+    """
+    row_bytes = max(sum((8 if at.is_ids else 4) * math.prod(at.shape) for at in specs) for specs in sizes)
+    return max(1, min(bound, MESSAGE_BYTES // row_bytes))
+
+
+def _row_shape(rows: Array | StableRows) -> tuple[int, ...]:
+    return rows.shape if isinstance(rows, StableRows) else rows.shape[1:]
+
+
+def _closed(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor if tensor.is_static else replace(tensor, dims=shape, row_shape=shape)
 
 
 def models_of(catalog: Catalog) -> list[Model]:

@@ -30,7 +30,7 @@ from safelight_server.runtime import verification
 from safelight_server.runtime.base import CostCurve, FaultOrigin, Inputs, RuntimeFailure, RuntimeStartError
 from safelight_server.runtime.triton.client import BUSY, ENDPOINT_DOWN, CallFailed, Trouble
 from safelight_server.runtime.triton.endpoints import Backoff, CallTicket, Endpoints, EndpointState
-from safelight_server.runtime.triton.models import ModelKey, ModelMismatch, models_of
+from safelight_server.runtime.triton.models import ModelKey, ModelMismatch, models_of, most_rows, weight_bytes
 from safelight_server.runtime.triton.server import Server, SharedMemoryUse
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
 from safelight_server.telemetry.background import keep_running
@@ -141,7 +141,8 @@ class TritonRuntime:
                     call = functools.partial(server.run, key, limit_s=limit_s)
                     model = server.served(key)
                     at_sizes = verification.at_sizes(model.specs(), pipeline)
-                    cost = await verification.warm_up_sizes(call, at_sizes, model.max_rows)
+                    bound = most_rows(at_sizes, model.max_rows)
+                    cost = await verification.warm_up_sizes(call, at_sizes, bound)
                     if cost is None:
                         raise ModelMismatch(f"{key[0]}/{component}: the same row gives other bits when it is run again")
                     costs[key] = cost
@@ -160,7 +161,7 @@ class TritonRuntime:
         precisions = {name: pipeline.precision for name, pipeline in self._catalog.pipelines.items()}
         prints = []
         for pipeline in self._catalog.pipelines.values():
-            if sum(file.stat().st_size for file in pipeline.files.values()) > EMBEDDED_BYTES:
+            if weight_bytes(pipeline.files.values()) > EMBEDDED_BYTES:
                 break
             for component in sorted(pipeline.files):
                 prints.append((pipeline.name, component, pipeline.files[component]))

@@ -5,6 +5,7 @@ Invariants:
 - A call over shared memory is not cancelled when its limit passes, so that its
   answer, however late, frees its region.
 - A server that has restarted, and so forgotten our regions, is given new ones.
+- What a model with open shapes returns at a size is known once it was run at it; its first call there goes over gRPC.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safelight_server.runtime import verification
 from safelight_server.runtime.base import Inputs, StableRows
 from safelight_server.runtime.triton.client import CallFailed, Client, Trouble
 from safelight_server.runtime.triton.models import Model, ModelKey, ServedModel, served
-from safelight_server.runtime.triton.shared_memory import Region, RegionPool, layout
+from safelight_server.runtime.triton.shared_memory import Region, RegionKey, RegionPool, layout
 from safelight_server.telemetry import tracing
 
 log = structlog.get_logger(__name__)
@@ -62,6 +63,7 @@ class Server:
         self.version = ""
         self._models = {model.key: model for model in models}
         self._served: dict[ModelKey, ServedModel] = {}
+        self._sized: dict[RegionKey, ServedModel] = {}
         self._client = Client(url)
         self._limit_s = limit_s
         self._must_share = use is SharedMemoryUse.ON
@@ -121,7 +123,7 @@ class Server:
         """
         tracing.current().note({"server.address": self.url})
         for last in (False, True):
-            region = await self._region(key)
+            region = await self._region(key, inputs)
             if region is None:
                 return await self._run_over_grpc(key, inputs, limit_s=limit_s)
             try:
@@ -163,16 +165,17 @@ class Server:
         await self._pool.close()
         self._pool = None
 
-    async def _region(self, key: ModelKey) -> Region | None:
+    async def _region(self, key: ModelKey, inputs: Inputs) -> Region | None:
         at = self._served[key]
-        tensors = layout(at.inputs, at.outputs)
+        use = key, at.shapes(inputs)
+        tensors = layout(self._sized.get(use, at))
         if self._pool is None or tensors is None:
             return None
-        return await self._pool.take(key, tensors, at.max_rows)
+        return await self._pool.take(use, tensors, at.max_rows)
 
     async def _run_in(self, region: Region, key: ModelKey, inputs: Inputs, limit_s: float) -> dict[str, FloatArray]:
         assert self._pool is not None
-        model, at = self._models[key], self._served[key]
+        model, at = self._models[key], self._sized.get(region.use, self._served[key])
         with tracing.current().within("prepare"):
             places = region.write(inputs)
             rows = len(places)
@@ -251,7 +254,10 @@ class Server:
         with tracing.current().within("collect"):
             for name in at.outputs:
                 check_rows(result, name, len(rows), model)
-            return {name: np.asarray(result.as_numpy(name), np.float32) for name in at.outputs}
+            results = {name: np.asarray(result.as_numpy(name), np.float32) for name in at.outputs}
+            if shapes := at.shapes(inputs):
+                self._sized.setdefault((key, shapes), at.sized(inputs, results))
+            return results
 
 
 def check_rows(result: triton.InferResult, name: str, rows: int, model: Model) -> None:

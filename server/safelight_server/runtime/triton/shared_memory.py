@@ -1,6 +1,7 @@
 """Shared-memory regions for tensors between the gateway and one Triton server, reused from call to call.
 
-A region has room for the inputs and outputs of a model's largest batch. The
+A region has room for the inputs and outputs of a model's largest batch, at one
+size of pictures where the model has several. The
 server writes the results of a call into the region whenever it gets to it, even
 if the call was given up long ago, for example after the process was suspended.
 
@@ -12,6 +13,7 @@ gone: the region is then unlinked, never reused.
 
 Input rows that stay the same from call to call (`StableRows`) keep their
 position in the region and are copied only if the position held another row.
+A position that nothing was written to holds zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import itertools
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -33,10 +35,12 @@ import structlog
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.runtime.base import Inputs, StableRows
 from safelight_server.runtime.triton.client import CallFailed
-from safelight_server.runtime.triton.models import ModelKey, Tensor
+from safelight_server.runtime.triton.models import ModelKey, ServedModel, Shapes, Tensor
 
 log = structlog.get_logger(__name__)
 
+RegionKey = tuple[ModelKey, Shapes]
+"""A model, and the shapes of its open inputs."""
 ALIGNMENT_BYTES = 64
 FOLDER = Path("/dev/shm")  # where Linux keeps POSIX shared memory
 
@@ -77,16 +81,16 @@ def place(held: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDA
 
 
 class Region:
-    """A piece of shared memory laid out for the batches of one model.
+    """A piece of shared memory laid out for the batches of one model at one size.
 
     Raises:
         OSError: /dev/shm has no room for it.
     """
 
-    def __init__(self, name: str, model: ModelKey, tensors: Sequence[Tensor], max_rows: int) -> None:
+    def __init__(self, name: str, use: RegionKey, tensors: Sequence[Tensor], max_rows: int) -> None:
         self.name = name
         self.key = f"/{name}"
-        self.model = model
+        self.use = use
         self.places: dict[str, Place] = {}
         num_bytes = 0
         for tensor in tensors:
@@ -123,7 +127,8 @@ class Region:
             if isinstance(rows, StableRows):
                 held = self._held[name]
                 stale = np.flatnonzero(held[places] != rows.versions)
-                view[places[stale]] = rows.source[rows.index[stale]]
+                if stale.size:
+                    view[places[stale]] = rows.take(stale)
                 held[places[stale]] = rows.versions[stale]
             else:
                 view[places] = rows.reshape(len(rows), *view.shape[1:])
@@ -155,7 +160,7 @@ class RegionPool:
         self._timeout_s = timeout_s
         self._prefix = f"safelight-{os.getpid()}-{secrets.token_hex(4)}"
         self._numbers = itertools.count()
-        self._idle: defaultdict[ModelKey, list[Region]] = defaultdict(list)
+        self._idle: defaultdict[RegionKey, list[Region]] = defaultdict(list)
         self._busy: set[Region] = set()
         self._quarantine: set[Region] = set()
         self._forgotten: set[Region] = set()
@@ -170,7 +175,7 @@ class RegionPool:
         """Number of regions whose call was given up and has not been answered."""
         return len(self._quarantine)
 
-    async def take(self, model: ModelKey, tensors: Sequence[Tensor], max_rows: int) -> Region | None:
+    async def take(self, use: RegionKey, tensors: Sequence[Tensor], max_rows: int) -> Region | None:
         """Takes an idle region for a call, or makes and registers a new one.
 
         Returns:
@@ -179,14 +184,14 @@ class RegionPool:
         Raises:
             CallFailed: the server did not register the region.
         """
-        if idle := self._idle[model]:
+        if idle := self._idle[use]:
             region = idle.pop()
             self._busy.add(region)
             return region
         if len(self._quarantine) >= self._max_quarantined:
             return None
         try:
-            region = Region(f"{self._prefix}-{next(self._numbers)}", model, tensors, max_rows)
+            region = Region(f"{self._prefix}-{next(self._numbers)}", use, tensors, max_rows)
         except OSError as error:
             log.warning("no_shared_memory", error=str(error))
             return None
@@ -206,7 +211,7 @@ class RegionPool:
             self._forgotten.remove(region)
             region.unlink()
         else:
-            self._idle[region.model].append(region)
+            self._idle[region.use].append(region)
 
     def quarantine(self, region: Region) -> None:
         """Sets aside a region whose call was given up or lost its connection: the server may still write into it."""
@@ -215,9 +220,9 @@ class RegionPool:
 
     def known(self, names: set[str]) -> None:
         """Unlinks the regions that the server does not know (`names`): they were registered before it restarted."""
-        for model, regions in self._idle.items():
+        for use, regions in self._idle.items():
             gone = [region for region in regions if region.name not in names]
-            self._idle[model] = [region for region in regions if region.name in names]
+            self._idle[use] = [region for region in regions if region.name in names]
             for region in gone:
                 region.unlink()
         for region in [region for region in self._quarantine if region.name not in names]:
@@ -242,7 +247,7 @@ class RegionPool:
             self._quarantine.clear()
 
 
-def layout(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """The tensors that a region has to hold; None if the size of one is not known beforehand."""
-    tensors = [*inputs.values(), *outputs.values()]
+def layout(model: ServedModel) -> list[Tensor] | None:
+    """The tensors that a region has to hold; None if a shape is open."""
+    tensors = [*model.inputs.values(), *model.outputs.values()]
     return tensors if all(tensor.is_static for tensor in tensors) else None

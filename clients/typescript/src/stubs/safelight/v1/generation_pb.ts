@@ -226,9 +226,9 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
    * uploaded, and `Accepted.spec` gives its name in the form "images/{sha256}". A
    * picture of another aspect ratio is cropped around its centre, then it is
    * scaled. Transparent parts count as white. Only for models with
-   * TASK_IMAGE_TO_IMAGE. NOT_FOUND if there is no picture of this name, if it has
-   * expired, or if it belongs to another tenant; FAILED_PRECONDITION if the output
-   * is not finished.
+   * TASK_IMAGE_TO_IMAGE or TASK_INPAINTING. NOT_FOUND if there is no picture of
+   * this name, if it has expired, or if it belongs to another tenant;
+   * FAILED_PRECONDITION if the output is not finished.
    *
    * @generated from field: string init_image = 10;
    */
@@ -237,7 +237,8 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
   /**
    * How far the pictures may depart from `init_image`, above 0 and at most 1: the
    * share of the denoising steps that are made. The first steps are skipped.
-   * Absent: 0.8. Only with `init_image`.
+   * Absent: 0.8, or 1 if TASK_INPAINTING is the model's only task. Only with
+   * `init_image`.
    *
    * @generated from field: optional float strength = 11;
    */
@@ -248,7 +249,7 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
    * forms of `init_image`, cropped and scaled in the same way. White is developed,
    * black is kept, and grey is a soft edge between the two. If the picture has an
    * alpha channel, only that counts: transparent is developed, opaque is kept.
-   * Only with `init_image`.
+   * Only with `init_image`. A model whose only task is TASK_INPAINTING needs both.
    *
    * @generated from field: string mask = 12;
    */

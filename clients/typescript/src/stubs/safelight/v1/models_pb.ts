@@ -602,6 +602,7 @@ export enum Task {
 
   /**
    * Develops a part of a picture anew and keeps the rest: `GenerationSpec.mask`.
+   * A model with this task alone needs a picture and a mask in each request.
    *
    * @generated from enum value: TASK_INPAINTING = 3;
    */

@@ -1,0 +1,9 @@
+variable "name" {
+  description = "Name of the fleet."
+  type        = string
+}
+
+variable "applications" {
+  description = "Scopes of each application, by its name."
+  type        = map(set(string))
+}
