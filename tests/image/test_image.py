@@ -117,7 +117,7 @@ def test_a_server_beyond_loopback_wants_keys():
         env=os.environ | {"CONTAINERS_STORAGE_CONF": str(OUT / "storage.conf")}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert said.returncode == 2
-    assert "give api_key_file, or insecure" in said.stderr
+    assert "give api_key_file or oidc_issuer, or insecure" in said.stderr
 
 
 @pytest.mark.parametrize(("target", "lock"), [("gateway", "requirements.lock"), ("triton", "requirements-triton.lock")])
