@@ -18,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -149,6 +150,14 @@ SDXL_SCHEDULER = {
     "skip_prk_steps": True,
 }
 """As SDXL's own folder has it: with keys of other classes, which `from_config` passes on to these."""
+
+
+def inpainting_pipeline(whole: StableDiffusionPipeline) -> StableDiffusionInpaintPipeline:
+    """The same networks with a UNet of 9 channels: the latent's, the mask, and those of a picture."""
+    torch.manual_seed(9)
+    return StableDiffusionInpaintPipeline(
+        **whole.components | {"unet": unet(in_channels=9)}, requires_safety_checker=False
+    )
 
 
 def sdxl_text_config(width: int, projection: int) -> CLIPTextConfig:

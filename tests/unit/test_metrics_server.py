@@ -86,7 +86,7 @@ async def test_clients_that_wait_cost_no_threads_and_keep_nobody_out():
         threads = threading.active_count()
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(MAX_CONNECTIONS + 8)]
         for reader, _ in idle[:8]:
-            await eventually(reader.at_eof, timeout_s=15)  # the oldest are closed
+            await eventually(reader.at_eof, timeout_s=5)  # the oldest are closed
         assert (await exchange(port, SCRAPE))[0] == b"HTTP/1.0 200 OK"
         assert threading.active_count() <= threads + 1, "one thread makes all answers"
         assert server.num_connections <= MAX_CONNECTIONS
