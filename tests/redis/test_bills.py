@@ -19,7 +19,7 @@ from safelight_server.api.identity import new_key
 from safelight_server.cli import bills as commands
 from safelight_server.cli.main import main
 from safelight_server.coordination.redis import BILLS
-from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.keyring import Keyring, new_key_file
 from safelight_server.storage.sealed import Entry, Sealer
 
 from tests.integration.test_cache import kept
@@ -183,8 +183,9 @@ def test_more_bills_than_a_page_are_all_counted_and_expired_ones_are_not(command
 
 
 def test_bills_that_cannot_be_opened_are_counted_and_the_others_are_shown(command, stream, tmp_path):
-    (tmp_path / "others").mkdir()
-    stream.add(AT_MS, "lab", keys=key_file(tmp_path / "others"))
+    others = tmp_path / "others.keys"
+    others.write_text(new_key_file())
+    stream.add(AT_MS, "lab", keys=others)
     stream.client.xadd(BILLS, {"x": b"no server wrote this"})
     stream.add(4 * AT_MS, "studio")
     ran = command("--json")
