@@ -323,6 +323,31 @@ async def test_what_is_refused_while_redis_does_not_answer_is_removed_later(
     assert await pair.other.owners.enroll(generation("b")) is None, "its request id is free again"
 
 
+async def test_what_is_refused_is_removed_although_its_call_is_cancelled(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its lease would be renewed as long as the process lives."""
+    one, begun = generation("a"), asyncio.Event()
+    await pair.one.owners.enroll(one)
+    await pair.one.owners.record(one, [])
+    leader, settle = pair.one.own(one).leader, pair.one.owners.settle_record
+
+    async def hang_once(*given: Any) -> None:
+        if not begun.is_set():
+            begun.set()
+            await asyncio.Event().wait()
+        await settle(*given)
+
+    monkeypatch.setattr(pair.one.owners, "settle_record", hang_once)
+    call = asyncio.create_task(pair.one.owners.dismiss(one))
+    await begun.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await eventually(lambda: not pair.one.owners._ending)
+    assert pair.coordinator._roll == set() and await pair.coordinator.holder(leader.lease.name) is None
+
+
 async def test_what_was_enrolled_before_redis_lost_its_memory_is_bound_again(pair: Pair) -> None:
     one = generation("a")
     await pair.one.owners.enroll(one)

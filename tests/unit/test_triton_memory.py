@@ -155,6 +155,14 @@ async def test_rows_of_zeros_are_written_only_where_something_else_was(pool):
     assert region._views["context"][:3, 0].tolist() == [0, 8, 0]
 
 
+async def test_zeros_are_written_where_rows_without_a_version_were(pool):
+    """Such rows are those that a model is tried with at the start."""
+    region = await pool.take(KEY, TENSORS, ROWS)
+    region.write(inputs([1, 2]) | {"context": np.full((2, 3), 7.0, np.float32)})
+    region.write(inputs([0, 0]))
+    assert not region._views["context"][:2].any()
+
+
 async def test_results_are_copies(pool):
     region = await pool.take(KEY, TENSORS, ROWS)
     places = region.write(inputs([1]))

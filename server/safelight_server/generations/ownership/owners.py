@@ -250,13 +250,15 @@ class Owners:
             return
         own.decide(OwnerInput.REFUSED)
         generation.journal = generation.log.journal = None
-        if own.journal is not None:
-            await own.journal.stop()
         settle = functools.partial(self.settle_record, own, FORGET_S, 0.0)
         try:
+            if own.journal is not None:
+                await own.journal.stop()
             await settle()
-        except StoreError:  # while anything of it is left, another replica may find it and run it
+        except BaseException as error:  # while anything of it is left, another replica may find it and run it
             self._watch_end(self._context.start(self._close(own, settle)))
+            if not isinstance(error, StoreError):  # the call was cancelled
+                raise
         else:
             await own.leader.close()
 

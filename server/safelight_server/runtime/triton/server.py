@@ -103,6 +103,7 @@ class Server:
         if missing := await self._client.ready(names, self._limit_s):
             raise CallFailed(Trouble.MODEL_GONE, ", ".join(missing))
         self.version = await self._client.version(self._limit_s)
+        self._sized.clear()
         for key, model in self._models.items():
             self._served[key] = served(model, await self._client.config(model.name, model.version, self._limit_s))
         if self._pool is not None:

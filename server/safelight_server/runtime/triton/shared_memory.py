@@ -63,11 +63,15 @@ class Place:
     row_bytes: int
 
 
+UNKNOWN = -1
+"""Stands for rows without a version, such as those that a model is tried with; 0 stands for zeros."""
+
+
 def place(held: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
     """Assigns the rows of a batch to positions, so that a row whose version is in the region already stays there.
 
     Args:
-        held: (N,) version at each position of the region; 0 for an empty position.
+        held: (N,) version at each position of the region; 0 for an empty position, `UNKNOWN` for a row without one.
         wanted: (B,) version of each row of the batch.
 
     Returns:
@@ -132,6 +136,7 @@ class Region:
                 held[places[stale]] = rows.versions[stale]
             else:
                 view[places] = rows.reshape(len(rows), *view.shape[1:])
+                self._held[name][places] = UNKNOWN
         return places
 
     def read(self, name: str, places: npt.NDArray[np.intp]) -> FloatArray:
