@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
@@ -30,7 +31,9 @@ from safelight_server.domain.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from structlog.testing import capture_logs
 
+from tests.conftest import eventually
 from tests.support.openid_provider import OpenIdService, openid_service
 
 PEER = "ipv4:127.0.0.1:40000"
@@ -424,10 +427,8 @@ async def eventually_reason(identity: Identity, token: str, reason: str) -> None
         lambda service: service.discovered.pop("jwks_uri"),
         lambda service: service.discovered.update(jwks_uri="file:///etc/passwd"),
         lambda service: service.discovered.update(jwks_uri=service.issuer + "/nowhere"),
-        lambda service: service.published.clear(),
-        lambda service: service.published.__setitem__(0, {"kty": ["EC"]}),
-        lambda service: service.published.__setitem__(0, service.published[0] | {"use": "enc"}),
-        lambda service: service.published.__setitem__(0, {"kty": "RSA", "kid": "first", "n": "AQAB", "e": "AQAB"}),
+        lambda service: setattr(service, "published", None),
+        lambda service: setattr(service, "published", {"first": service.published[0]}),
         lambda service: service.discovered.update(padding="x" * openid.MAX_BYTES),
     ],
 )
@@ -435,6 +436,38 @@ async def test_what_is_wrong_with_the_provider_is_no_fault_of_the_token(service:
     fault(service)
     async with recognizing(service) as identity:
         assert (await refusal(identity, service.token())).reason == "IDENTITY_PROVIDER_UNAVAILABLE"
+
+
+@pytest.mark.parametrize(
+    "withdraw",
+    [
+        lambda service: service.published.clear(),
+        lambda service: service.published.__setitem__(0, 5),
+        lambda service: service.published.__setitem__(0, {"kty": ["EC"]}),
+        lambda service: service.published.__setitem__(0, service.published[0] | {"use": "enc"}),
+        lambda service: service.published.__setitem__(0, {"kty": "RSA", "kid": "first", "n": "AQAB", "e": "AQAB"}),
+    ],
+)
+async def test_a_provider_that_withdraws_its_last_key_is_no_outage(
+    service: OpenIdService, quick: None, monkeypatch: pytest.MonkeyPatch, withdraw
+) -> None:
+    """A stolen key ends at the next reading, also for tokens that are remembered."""
+    monkeypatch.setattr(openid, "REFRESH_S", 0.005)
+    monkeypatch.setattr(openid, "log", structlog.get_logger())  # one that no earlier test has made keep its settings
+    provider = OpenIdProvider(service.issuer)
+    identity = Identity(None, tokens=AccessTokens(provider, RULES))
+    async with reading(provider):
+        remembered = service.token()
+        assert await caller_of(identity, remembered)
+        version = provider.version
+        with capture_logs() as logged:
+            withdraw(service)
+            await eventually(lambda: provider.version > version)
+            assert [(entry["event"], entry["log_level"], entry["keys"]) for entry in logged] == [
+                ("openid_keys_read", "error", 0)
+            ]
+        for token in (remembered, service.token(sub="eve")):
+            assert (await refusal(identity, token)).reason in ("TOKEN_INVALID", "TOKEN_KEY_UNKNOWN")
 
 
 async def test_a_token_that_names_no_key_is_of_the_only_one(service: OpenIdService) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -142,9 +143,10 @@ class OpenIdProvider:
                 log.error("openid_keys_not_read", issuer=self.issuer, error=fault)
             self._fault = fault
             return
-        if self._fault or self._read_at == -math.inf:
-            log.info("openid_keys_read", issuer=self.issuer, keys=len(keys))
-        if _dumped(keys) != _dumped(self._keys):
+        changed = _dumped(keys) != _dumped(self._keys)
+        if changed or self._fault or self._read_at == -math.inf:
+            log.log(logging.INFO if keys else logging.ERROR, "openid_keys_read", issuer=self.issuer, keys=len(keys))
+        if changed:
             self.version += 1
         self._keys, self._read_at, self._fault = keys, self._clock(), ""
 
@@ -155,10 +157,11 @@ class OpenIdProvider:
         url = discovered.get("jwks_uri")
         if not isinstance(url, str) or not url.startswith(("https://", f"{urlsplit(self.issuer).scheme}://")):
             raise ProviderError("the discovery document has no jwks_uri with https")
-        keys = await asyncio.to_thread(_keys, await _document(http, url))
-        if not keys:
-            raise ProviderError(f"{url} has no key that this server can use")
-        return keys
+        entries = (await _document(http, url)).get("keys")
+        if not isinstance(entries, list):
+            raise ProviderError(f"{url} is no JSON Web Key Set")
+        # None that can be used is no fault: it is how a provider withdraws its last key.
+        return await asyncio.to_thread(_keys, entries)
 
 
 async def _document(http: httpx2.AsyncClient, url: str) -> dict[str, Any]:
@@ -183,11 +186,10 @@ async def _document(http: httpx2.AsyncClient, url: str) -> dict[str, Any]:
     return content
 
 
-def _keys(content: dict[str, Any]) -> Mapping[str, PublicKey]:
+def _keys(entries: list[Any]) -> Mapping[str, PublicKey]:
     """The usable public keys of a key set by their ids. Others are left out, as RFC 7517 (section 5) asks."""
-    entries = content.get("keys")
     found: list[Key] = []
-    for entry in entries if isinstance(entries, list) else ():
+    for entry in entries:
         if not isinstance(entry, dict) or entry.get("use", "sig") != "sig" or _is_short(entry):
             continue
         with contextlib.suppress(JoseError, UnsupportedAlgorithm, ValueError, TypeError, KeyError):
