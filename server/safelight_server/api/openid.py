@@ -72,6 +72,11 @@ class OpenIdProvider:
         self._wanted = asyncio.Event()
         self._fresh = asyncio.Event()  # set in the pause after a reading
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the keys were read within `EXPIRE_S`."""
+        return self._clock() <= self._read_at + EXPIRE_S
+
     async def follow(self) -> None:
         """Reads the keys, and again every `REFRESH_S` or when a call wants one that is not there. Runs until cancelled.
 
@@ -113,7 +118,7 @@ class OpenIdProvider:
                     f"the token is signed by a key that is not among those of {self.issuer}", reason="TOKEN_INVALID"
                 )
         retry_s = max(1.0, self._next_at - self._clock())
-        if self._fault or self._read_at == -math.inf:
+        if self._fault or not self.is_current:
             raise UnavailableError(
                 f"the keys of {self.issuer} cannot be read now, so the token cannot be checked; retry",
                 reason="IDENTITY_PROVIDER_UNAVAILABLE",
@@ -126,7 +131,7 @@ class OpenIdProvider:
         )
 
     def _find(self, kid: str | None) -> PublicKey | None:
-        if self._clock() > self._read_at + EXPIRE_S:
+        if not self.is_current:
             return None
         if kid is None:
             return next(iter(self._keys.values())) if len(self._keys) == 1 else None

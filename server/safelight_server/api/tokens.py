@@ -134,12 +134,16 @@ class AccessTokens:
             UnavailableError: the provider's keys cannot be read now.
         """
         entry = self._entries.get(digest)
-        if entry is not None and entry.version == self.provider.version and self._wall() < entry.until:
+        if entry is not None and self._is_valid(entry):
             return entry.caller
         claims = await self._verify(token)
         caller = self._caller(claims)
         self._remember(digest, caller, claims["exp"] + LEEWAY_S)
         return caller
+
+    def _is_valid(self, entry: _Entry) -> bool:
+        provider = self.provider
+        return entry.version == provider.version and provider.is_current and self._wall() < entry.until
 
     def _remember(self, digest: bytes, caller: Caller, until: float) -> None:
         self._entries.pop(digest, None)
