@@ -162,6 +162,10 @@ async def test_the_signature_is_of_the_providers_key_and_of_these_claims(service
         ({"aud": None, "client_id": "another-app"}, "it is for another audience (claim client_id)"),
         ({"token_use": "id"}, "it is no access token"),
         ({"typ": "ID"}, "it is no access token"),
+        ({"nonce": "n"}, "it is no access token"),
+        ({"at_hash": "h"}, "it is no access token"),
+        ({"c_hash": "h"}, "it is no access token"),
+        ({"token_use": "access", "typ": "ID"}, "it is no access token"),
         ({"cnf": {"jkt": "x"}}, "it is bound to a key of its client"),
         ({"sub": None, "client_id": None}, "it has neither sub nor client_id"),
     ],
@@ -181,6 +185,13 @@ async def test_other_tokens_of_the_provider_are_no_credentials(service: OpenIdSe
     async with recognizing(service) as identity:
         assert "no access token" in (await refusal(identity, service.token(header={"typ": typ}))).message
         assert await caller_of(identity, service.token(header={"typ": "at+JWT"}))
+
+
+async def test_a_token_that_says_it_is_for_access_may_have_a_nonce(service: OpenIdService) -> None:
+    """Keycloak before 25 copies the nonce of the login into access tokens."""
+    async with recognizing(service) as identity:
+        for kind in ({"typ": "Bearer"}, {"token_use": "access"}):
+            assert await caller_of(identity, service.token(nonce="n", **kind))
 
 
 async def test_an_expired_token_is_refused_with_a_reason_of_its_own(service: OpenIdService) -> None:

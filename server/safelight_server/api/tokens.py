@@ -41,6 +41,11 @@ MAX_HEADER_BYTES, MAX_BYTES = 4096, 16_384
 APPLICATION_CLAIMS = ("client_id", "azp", "appid")
 """Where providers name the application: RFC 9068 and Cognito, Keycloak and Entra, older Entra."""
 
+ACCESS = {"token_use": "access", "typ": "Bearer"}
+"""How Cognito and Keycloak name the kind of access tokens, among the claims. Other providers do not."""
+ID_TOKEN_CLAIMS = frozenset({"nonce", "at_hash", "c_hash"})
+"""Claims that only ID tokens have (OpenID Connect Core 1.0, sections 2 and 3.3.2.11)."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClaimValue:
@@ -187,8 +192,7 @@ class AccessTokens:
         audience = "aud" if "aud" in claims else "client_id"  # Cognito's access tokens have no aud
         if self._rules.audiences and self._rules.audiences.isdisjoint(_texts(claims, audience)):
             raise _invalid(f"it is for another audience (claim {audience})")
-        # What says that it is another kind of token: Cognito's token_use, and Keycloak's typ among the claims.
-        if claims.get("token_use", "access") != "access" or claims.get("typ", "Bearer") != "Bearer":
+        if not _is_for_access(claims):
             raise _invalid("it is no access token")
         if "cnf" in claims:
             raise _invalid("it is bound to a key of its client (cnf), which this server does not check")
@@ -228,6 +232,13 @@ def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
             raise _invalid("it is malformed")
         found.append(content)
     return found[0], found[1]
+
+
+def _is_for_access(claims: Mapping[str, Any]) -> bool:
+    """Whether nothing says that it is another kind of token, such as an ID token, which tells who has logged in."""
+    named = [claims[name] == kind for name, kind in ACCESS.items() if name in claims]
+    # What names its kind may have the other claims: Keycloak before 25 copied a login's nonce into access tokens.
+    return all(named) if named else ID_TOKEN_CLAIMS.isdisjoint(claims)
 
 
 def _texts(claims: Mapping[str, Any], name: str) -> list[str]:
