@@ -24,7 +24,7 @@ class OpenIdService:
     Attributes:
         issuer: its URL.
         published: what its key set has.
-        discovered: what its discovery document has.
+        discovered: what its discovery document has; bytes: the document as it is.
         broken: whether it answers with a server error.
         num_readings: how often its keys were asked for.
     """
@@ -33,7 +33,7 @@ class OpenIdService:
         self.issuer = f"http://127.0.0.1:{port}"
         self.key: Key = ECKey.generate_key("P-256", {"kid": "first"})
         self.published: list[dict[str, object]] = [self.key.as_dict(private=False)]
-        self.discovered = {"issuer": self.issuer, "jwks_uri": self.issuer + KEYS_PATH}
+        self.discovered: dict[str, object] | bytes = {"issuer": self.issuer, "jwks_uri": self.issuer + KEYS_PATH}
         self.broken = False
         self.num_readings = 0
 
@@ -67,7 +67,7 @@ def openid_service() -> Iterator[OpenIdService]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, content = service.answer(self.path)
-            data = json.dumps(content).encode()
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

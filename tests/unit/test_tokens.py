@@ -443,12 +443,31 @@ async def eventually_reason(identity: Identity, token: str, reason: str) -> None
         lambda service: setattr(service, "published", None),
         lambda service: setattr(service, "published", {"first": service.published[0]}),
         lambda service: service.discovered.update(padding="x" * openid.MAX_BYTES),
+        lambda service: setattr(service, "discovered", b"[]"),
+        lambda service: setattr(service, "discovered", b'{"a":' * 100_000),
     ],
 )
 async def test_what_is_wrong_with_the_provider_is_no_fault_of_the_token(service: OpenIdService, fault) -> None:
     fault(service)
-    async with recognizing(service) as identity:
+    async with recognizing(service) as identity, asyncio.timeout(20):  # a call waits longer for who does not answer
         assert (await refusal(identity, service.token())).reason == "IDENTITY_PROVIDER_UNAVAILABLE"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("SSL_CERT_FILE", "/nowhere.pem"), ("HTTPS_PROXY", "ftp://x")])
+async def test_an_environment_without_a_way_to_the_provider_is_a_fault_too(
+    monkeypatch: pytest.MonkeyPatch, quick: None, variable: str, value: str
+) -> None:
+    """Calls are refused at once, and it is tried again: the file may come."""
+    monkeypatch.setenv(variable, value)
+    provider, tries = OpenIdProvider("https://provider.invalid"), []
+    make = openid.httpx2.AsyncClient
+    monkeypatch.setattr(openid.httpx2, "AsyncClient", lambda **given: tries.append(1) or make(**given))
+    async with reading(provider):
+        async with asyncio.timeout(20):  # a call waits longer for who does not answer
+            with pytest.raises(UnavailableError) as refused:
+                await provider.key("first")
+        assert refused.value.reason == "IDENTITY_PROVIDER_UNAVAILABLE"
+        await eventually(lambda: len(tries) > 1)
 
 
 @pytest.mark.parametrize(

@@ -82,20 +82,17 @@ class OpenIdProvider:
 
         While the provider fails, it is asked again after each pause.
         """
-        # no proxy to a provider on this machine
-        trust_env = not is_loopback(urlsplit(self.issuer).hostname or "")
-        async with httpx2.AsyncClient(timeout=TIMEOUT_S, trust_env=trust_env) as http:
-            while True:
-                await self._read(http)
-                self._wanted.clear()
-                self._next_at = self._clock() + PAUSE_S
-                self._fresh.set()
-                await asyncio.sleep(PAUSE_S)
-                self._fresh.clear()
-                if not self._fault:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(REFRESH_S - PAUSE_S):
-                            await self._wanted.wait()
+        while True:
+            await self._read()
+            self._wanted.clear()
+            self._next_at = self._clock() + PAUSE_S
+            self._fresh.set()
+            await asyncio.sleep(PAUSE_S)
+            self._fresh.clear()
+            if not self._fault:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(REFRESH_S - PAUSE_S):
+                        await self._wanted.wait()
 
     async def key(self, kid: str | None) -> PublicKey:
         """Returns a key by its id; None: the only one.
@@ -137,23 +134,29 @@ class OpenIdProvider:
             return next(iter(self._keys.values())) if len(self._keys) == 1 else None
         return self._keys.get(kid)
 
-    async def _read(self, http: httpx2.AsyncClient) -> None:
+    async def _read(self) -> None:
         """Reads the keys. If that fails, the earlier ones stay in use, and the failure is logged once."""
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(TIMEOUT_S), await asyncio.to_thread(self._client) as http:
                 keys = await self._fetch(http)
-        except (httpx2.HTTPError, httpx2.InvalidURL, ProviderError, TimeoutError) as error:
-            fault = str(error) or type(error).__name__
+            changed = _dumped(keys) != _dumped(self._keys)
+        except Exception as error:  # noqa: BLE001  # whatever it is, calls must not wait, and it must be tried again
+            fault = str(error) if isinstance(error, ProviderError) else repr(error)
             if fault != self._fault:
                 log.error("openid_keys_not_read", issuer=self.issuer, error=fault)
             self._fault = fault
             return
-        changed = _dumped(keys) != _dumped(self._keys)
         if changed or self._fault or self._read_at == -math.inf:
             log.log(logging.INFO if keys else logging.ERROR, "openid_keys_read", issuer=self.issuer, keys=len(keys))
         if changed:
             self.version += 1
         self._keys, self._read_at, self._fault = keys, self._clock(), ""
+
+    def _client(self) -> httpx2.AsyncClient:
+        """A client for one reading, by the variables of the environment, such as `SSL_CERT_FILE`. Reads files."""
+        # no proxy to a provider on this machine
+        trust_env = not is_loopback(urlsplit(self.issuer).hostname or "")
+        return httpx2.AsyncClient(timeout=TIMEOUT_S, trust_env=trust_env)
 
     async def _fetch(self, http: httpx2.AsyncClient) -> Mapping[str, PublicKey]:
         discovered = await _document(http, self.issuer.rstrip("/") + DISCOVERY_PATH)
@@ -184,7 +187,7 @@ async def _document(http: httpx2.AsyncClient, url: str) -> dict[str, Any]:
                 raise ProviderError(f"{url} has more than {MAX_BYTES} bytes")
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ProviderError(f"{url} is no JSON object")
