@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -227,6 +228,18 @@ def test_no_text_breaks_the_check_of_a_token(token: str) -> None:
     identity = Identity(None, tokens=AccessTokens(OpenIdProvider("https://provider"), RULES))
     with pytest.raises(UnauthenticatedError):
         identity.recognize([("authorization", f"Bearer {token}")], PEER).send(None)
+
+
+async def test_a_header_that_is_nested_too_deeply_for_one_of_its_readers_is_malformed(service: OpenIdService) -> None:
+    """It is read twice, at two depths of the stack. The deepest nesting that each can read lies in this range."""
+    limit, seen = sys.getrecursionlimit(), set()
+    async with recognizing(service) as identity:
+        for depth in range(limit - 150, limit):
+            header = f'{{"alg": "ES256", "kid": "first", "x": {"[" * depth + "]" * depth}}}'
+            encoded = base64.urlsafe_b64encode(header.encode()).decode().rstrip("=")
+            _, claims, signature = service.token().split(".")
+            seen.add((await refusal(identity, f"{encoded}.{claims}.{signature}")).message)
+    assert seen == {f"the token is not valid: {fault}" for fault in ("it is malformed", "its signature is wrong")}
 
 
 # --- who the callers are ---

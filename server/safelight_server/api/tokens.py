@@ -170,6 +170,8 @@ class AccessTokens:
         key = await self.provider.key(kid)
         try:
             claims = jwt.decode(token, key, registry=_ALGORITHMS).claims
+        except RecursionError:  # it reads the parts at a greater depth of the stack than `_parts`
+            raise _invalid("it is malformed") from None
         except (JoseError, ValueError):  # the text of a JoseError may quote the token
             raise _invalid("its signature is wrong") from None
         self._check_claims(claims)  # those that were signed
