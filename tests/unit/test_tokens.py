@@ -214,6 +214,16 @@ async def test_cognitos_access_tokens_have_a_client_id_and_no_audience(service: 
     assert "'safelight/generate'" in refused.message
 
 
+@pytest.mark.parametrize("part", range(3))
+async def test_a_token_has_no_variants(service: OpenIdService, part: int) -> None:
+    async with recognizing(service) as identity:
+        assert await caller_of(identity, service.token())
+        for more in ("=", "==", " ", "\n", "+", "/", "!", "\u00e9"):
+            parts = service.token().split(".")
+            parts[part] = parts[part][:8] + more + parts[part][8:]
+            assert (await refusal(identity, ".".join(parts))).message == "the token is not valid: it is malformed"
+
+
 @given(token=st.text(st.characters(codec="utf-8"), max_size=80).map(lambda text: "eyJ" + text))
 @example("eyJ.e30.x")
 @example("eyJhbGciOiAiRVMyNTYifQ." + base64.b64encode(b"[" * 9000).decode() + ".x")
@@ -251,6 +261,7 @@ async def test_a_header_that_is_nested_too_deeply_for_one_of_its_readers_is_malf
         ("", {}, "studio"),
         ("", {"client_id": None, "azp": "portal"}, "portal"),
         ("", {"client_id": None, "appid": "portal"}, "portal"),
+        ("", {"client_id": None, "cid": "portal"}, "portal"),
         ("sub", {}, "ann"),
         ("custom:tenant", {"custom:tenant": "lab"}, "lab"),
         ("https://example.com/tenant", {"https://example.com/tenant": "lab"}, "lab"),

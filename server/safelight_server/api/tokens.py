@@ -38,8 +38,8 @@ REMEMBER_S = 3600.0
 """Longest time for which a token is not checked again, whatever time it has itself."""
 MAX_HEADER_BYTES, MAX_BYTES = 4096, 16_384
 """Of a token's header, and of a token; gRPC takes no metadata beyond the second."""
-APPLICATION_CLAIMS = ("client_id", "azp", "appid")
-"""Where providers name the application: RFC 9068 and Cognito, Keycloak and Entra, older Entra."""
+APPLICATION_CLAIMS = ("client_id", "azp", "appid", "cid")
+"""Where providers name the application: RFC 9068 and Cognito, Keycloak and Entra, older Entra, Okta."""
 
 ACCESS = {"token_use": "access", "typ": "Bearer"}
 """How Cognito and Keycloak name the kind of access tokens, among the claims. Other providers do not."""
@@ -224,6 +224,9 @@ def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header and the claims of a token, not verified."""
     if len(token) > MAX_BYTES:
         raise _invalid(f"it has more than {MAX_BYTES} bytes")
+    # No character beside base64url, which decoders may skip: each variant of one token would be remembered.
+    if not re.fullmatch(r"(?:[A-Za-z0-9_-]+\.){2}[A-Za-z0-9_-]*", token):
+        raise _invalid("it is malformed")
     found = []
     for part in token.split(".")[:2]:
         try:
