@@ -526,9 +526,16 @@ async def test_a_provider_that_withdraws_its_last_key_is_no_outage(
             assert (await refusal(identity, token)).reason in ("TOKEN_INVALID", "TOKEN_KEY_UNKNOWN")
 
 
-async def test_a_token_that_names_no_key_is_of_the_only_one(service: OpenIdService) -> None:
+async def test_a_token_that_names_no_key_is_of_the_only_one_that_can_be_used(service: OpenIdService, rsa: Key) -> None:
+    """Keys for other algorithms do not count. Of several it must name one (OpenID Connect Core 1.0, section 10.1)."""
+    others = [ECKey.generate_key(curve, {"kid": curve}) for curve in ("P-384", "secp256k1")]
+    others += [OKPKey.generate_key("X25519", {"kid": "agreement"}), OctKey.generate_key(256, {"kid": "secret"})]
+    service.published += [key.as_dict(private=False) for key in others]
+    service.published.append(rsa.as_dict(private=False) | {"alg": "RSA-OAEP"})
     async with recognizing(service) as identity:
         assert await caller_of(identity, service.token(header={"kid": None}))
     service.published.append(ECKey.generate_key("P-256", {"kid": "second"}).as_dict(private=False))
     async with recognizing(service) as identity:
-        assert (await refusal(identity, service.token(header={"kid": None}))).reason == "TOKEN_INVALID"
+        assert await caller_of(identity, service.token())
+        refused = await refusal(identity, service.token(header={"kid": None}))
+        assert (refused.reason, "names no key (kid)" in refused.message) == ("TOKEN_INVALID", True)

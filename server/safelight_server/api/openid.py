@@ -40,6 +40,10 @@ TIMEOUT_S = 5.0
 """How long the discovery document and the keys may take together."""
 MAX_BYTES = 1 << 20
 """Bytes of the largest document that is read."""
+ALGORITHMS = ("RS256", "PS256", "ES256", "EdDSA", "Ed25519")
+"""Signatures with a private key that only the provider has. None of HS*: whoever may check those can make them."""
+CURVES = ("P-256", "Ed25519", "Ed448")
+"""Curves of the keys that these algorithms take, beside RSA."""
 MIN_MODULUS_CHARACTERS = 342
 """Length of the modulus of an RSA key of 2048 bits in base64url; RFC 7518 allows no shorter keys."""
 
@@ -98,7 +102,7 @@ class OpenIdProvider:
         """Returns a key by its id; None: the only one.
 
         Raises:
-            UnauthenticatedError: the provider has no such key.
+            UnauthenticatedError: the provider has no such key, or several where a token must name one.
             UnavailableError: the provider's keys cannot be read now.
         """
         if (key := self._find(kid)) is not None:
@@ -130,9 +134,13 @@ class OpenIdProvider:
     def _find(self, kid: str | None) -> PublicKey | None:
         if not self.is_current:
             return None
-        if kid is None:
-            return next(iter(self._keys.values())) if len(self._keys) == 1 else None
-        return self._keys.get(kid)
+        if kid is not None:
+            return self._keys.get(kid)
+        if len(self._keys) > 1:  # OpenID Connect Core 1.0, section 10.1: a token must say then which one
+            raise UnauthenticatedError(
+                f"the token names no key (kid), and {self.issuer} has several", reason="TOKEN_INVALID"
+            )
+        return next(iter(self._keys.values()), None)
 
     async def _read(self) -> None:
         """Reads the keys. If that fails, the earlier ones stay in use, and the failure is logged once."""
@@ -201,8 +209,16 @@ def _keys(entries: list[Any]) -> Mapping[str, PublicKey]:
         if not isinstance(entry, dict) or entry.get("use", "sig") != "sig" or _is_short(entry):
             continue
         with contextlib.suppress(JoseError, UnsupportedAlgorithm, ValueError, TypeError, KeyError):
-            found.append(JWKRegistry.import_key(entry))
+            if _fits(key := JWKRegistry.import_key(entry)):
+                found.append(key)
     return {str(key.kid): key for key in KeySet(found) if isinstance(key, PublicKey)}  # a KeySet gives ids to its keys
+
+
+def _fits(key: Key) -> bool:
+    """Whether signatures by one of `ALGORITHMS` can be checked with the key."""
+    if key.alg is not None and key.alg not in ALGORITHMS:
+        return False
+    return isinstance(key, RSAKey) or (isinstance(key, ECKey | OKPKey) and key.curve_name in CURVES)
 
 
 def _is_short(entry: dict[str, Any]) -> bool:

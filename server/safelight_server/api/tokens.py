@@ -22,12 +22,10 @@ from joserfc.errors import ClaimError, ExpiredTokenError, JoseError, MissingClai
 from joserfc.jws import JWSRegistry
 from joserfc.jwt import JWTClaimsRegistry
 
-from safelight_server.api.openid import OpenIdProvider
+from safelight_server.api.openid import ALGORITHMS, OpenIdProvider
 from safelight_server.domain.caller import NAME, NAME_IN_WORDS, Caller
 from safelight_server.domain.errors import TokenNotAllowedError, UnauthenticatedError
 
-ALGORITHMS = ("RS256", "PS256", "ES256", "EdDSA", "Ed25519")
-"""Signatures with a private key that only the provider has. None of HS*: whoever may check those can make them."""
 TYPES = ("", "jwt", "at+jwt", "application/at+jwt")
 """Header `typ` of access tokens, in lower case. Other tokens of a provider, such as for a logout, are none."""
 LEEWAY_S = 30
