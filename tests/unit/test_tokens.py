@@ -415,6 +415,22 @@ async def test_callers_that_want_an_unknown_key_together_wait_for_one_reading(
     assert service.num_readings == 1
 
 
+async def test_a_reading_that_had_begun_before_the_call_says_nothing_of_a_newer_key(service: OpenIdService) -> None:
+    """The provider may have signed with a new key right after it sent the others. The call can succeed soon."""
+    service.answers.clear()
+    async with recognizing(service) as identity:
+        try:
+            await eventually(lambda: service.num_readings == 1)
+            known, newer = service.token(), service.token(key=ECKey.generate_key("P-256", {"kid": "newer"}))
+            waiting = asyncio.create_task(refusal(identity, newer))
+            await asyncio.sleep(0)  # it waits for the reading
+        finally:
+            service.answers.set()
+        refused = await waiting
+        assert (refused.status.name, refused.reason) == ("UNAVAILABLE", "TOKEN_KEY_UNKNOWN")
+        assert await caller_of(identity, known)
+
+
 async def test_without_the_provider_a_token_is_not_refused_but_not_known_yet(
     service: OpenIdService, quick: None, tmp_path: Path
 ) -> None:

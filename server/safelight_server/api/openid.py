@@ -72,6 +72,7 @@ class OpenIdProvider:
         self._keys: Mapping[str, PublicKey] = {}
         self._read_at = -math.inf
         self._next_at = -math.inf
+        self._num_begun = 0
         self._fault = ""
         self._wanted = asyncio.Event()
         self._fresh = asyncio.Event()  # set in the pause after a reading
@@ -108,13 +109,15 @@ class OpenIdProvider:
         if (key := self._find(kid)) is not None:
             return key
         if not self._fault and not self._fresh.is_set():
+            num_begun = self._num_begun
             self._wanted.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TIMEOUT_S + 1.0):
                     await self._fresh.wait()
             if (key := self._find(kid)) is not None:
                 return key
-            if self._fresh.is_set() and not self._fault:
+            # A reading that had begun before the call may have missed a key that the token is the first to name.
+            if self._fresh.is_set() and not self._fault and self._num_begun > num_begun:
                 raise UnauthenticatedError(
                     f"the token is signed by a key that is not among those of {self.issuer}", reason="TOKEN_INVALID"
                 )
@@ -144,6 +147,7 @@ class OpenIdProvider:
 
     async def _read(self) -> None:
         """Reads the keys. If that fails, the earlier ones stay in use, and the failure is logged once."""
+        self._num_begun += 1
         try:
             async with asyncio.timeout(TIMEOUT_S), await asyncio.to_thread(self._client) as http:
                 keys = await self._fetch(http)
