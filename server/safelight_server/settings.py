@@ -80,7 +80,7 @@ class Settings(BaseSettings):
         description="What administrators' tokens have, as CLAIM=VALUE: cognito:groups=admins. Empty: no token is one.",
     )
     oidc_tenant_claim: str = Field(
-        "", description="Claim that names the tenant. Empty: the application, by `client_id`, `azp` or `appid`."
+        "", description="Claim that names the tenant. Empty: the application, by `client_id`, `azp`, `appid` or `cid`."
     )
     quota_file: Path | None = Field(
         None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."

@@ -392,6 +392,15 @@ def test_tokens_of_an_openid_provider_take_the_place_of_keys(tmp_path):
             "networkPolicy.clients must admit its pods",
         ),
         ({"networkPolicy": {"egressPorts": []}}, "need networkPolicy.egressPorts or networkPolicy.egress"),
+        (
+            {
+                "replicas": 1,
+                "redis": {"secret": ""},
+                "networkPolicy": {"egressPorts": []},
+                "settings": {"oidc_issuer": "https://provider.example", "oidc_audience": "safelight"},
+            },
+            "settings.oidc_issuer need networkPolicy.egressPorts",
+        ),
         ({"scaling": SCALING | {"keda": []}}, "keda"),
         ({"tls": {"secret": "", "clientCaSecret": "x"}, "insecure": True}, "tls.clientCaSecret needs tls.secret"),
         ({"scaling": {"enabled": True}}, "scaling.enabled needs scaling.prometheus"),

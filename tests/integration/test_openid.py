@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
 import time
 from collections.abc import Iterator
 
@@ -162,6 +163,46 @@ async def test_the_client_sends_no_token_that_is_no_header_value_and_reports_wha
                 await ours.models()
             with pytest.raises(error):
                 await ours.generate("x").picture()
+
+
+async def test_the_wait_for_a_token_ends_with_the_deadline_of_the_call():
+    fetched = threading.Event()
+
+    async def never() -> str:
+        await asyncio.Event().wait()
+        return "t"
+
+    async def own_timeout() -> str:
+        raise TimeoutError("of the source")
+
+    try:
+        for source in (never, lambda: never(), lambda: fetched.wait() and "t"):
+            async with safelight.Client("127.0.0.1:1", token=source) as ours, asyncio.timeout(20):
+                for given in ({}, {"init_image": b"a picture"}):
+                    with pytest.raises(safelight.GenerationError) as late:
+                        await ours.generate("x", timeout_s=0.05, **given).picture()
+                    assert (late.value.code, late.value.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "")
+    finally:
+        fetched.set()
+    async with safelight.Client("127.0.0.1:1", token=own_timeout) as ours:
+        with pytest.raises(TimeoutError, match="of the source"):
+            await ours.generate("x", timeout_s=30.0).picture()
+
+
+async def test_a_client_that_moves_while_it_waits_for_a_token_fails_over_from_the_server_that_it_asked(start, service):
+    moved: list[bool] = []
+
+    async def fetch() -> str:
+        if not moved:
+            moved.append(True)
+            ours._next(0)  # as another call does that loses this server
+        return service.token()
+
+    async with (
+        start(runtime="simulated", **trusting(service)) as running,
+        safelight.Client([running.address, "127.0.0.1:1"], token=fetch) as ours,
+    ):
+        assert await ours.models()
 
 
 async def test_a_server_starts_without_its_provider_and_serves_tokens_once_that_answers(start, service, monkeypatch):

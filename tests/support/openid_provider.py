@@ -24,18 +24,21 @@ class OpenIdService:
     Attributes:
         issuer: its URL.
         published: what its key set has.
-        discovered: what its discovery document has.
+        discovered: what its discovery document has; bytes: the document as it is.
         broken: whether it answers with a server error.
         num_readings: how often its keys were asked for.
+        answers: while it is not set, the keys are not sent, which it has looked up by then.
     """
 
     def __init__(self, port: int) -> None:
         self.issuer = f"http://127.0.0.1:{port}"
         self.key: Key = ECKey.generate_key("P-256", {"kid": "first"})
         self.published: list[dict[str, object]] = [self.key.as_dict(private=False)]
-        self.discovered = {"issuer": self.issuer, "jwks_uri": self.issuer + KEYS_PATH}
+        self.discovered: dict[str, object] | bytes = {"issuer": self.issuer, "jwks_uri": self.issuer + KEYS_PATH}
         self.broken = False
         self.num_readings = 0
+        self.answers = threading.Event()
+        self.answers.set()
 
     def use(self, key: Key) -> None:
         """Publishes another key alone, and signs with it from here on."""
@@ -67,7 +70,9 @@ def openid_service() -> Iterator[OpenIdService]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, content = service.answer(self.path)
-            data = json.dumps(content).encode()
+            if self.path == KEYS_PATH:
+                service.answers.wait()
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

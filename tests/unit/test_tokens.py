@@ -11,11 +11,13 @@ import contextlib
 import hashlib
 import hmac
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
@@ -30,7 +32,9 @@ from safelight_server.domain.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from structlog.testing import capture_logs
 
+from tests.conftest import eventually
 from tests.support.openid_provider import OpenIdService, openid_service
 
 PEER = "ipv4:127.0.0.1:40000"
@@ -159,6 +163,10 @@ async def test_the_signature_is_of_the_providers_key_and_of_these_claims(service
         ({"aud": None, "client_id": "another-app"}, "it is for another audience (claim client_id)"),
         ({"token_use": "id"}, "it is no access token"),
         ({"typ": "ID"}, "it is no access token"),
+        ({"nonce": "n"}, "it is no access token"),
+        ({"at_hash": "h"}, "it is no access token"),
+        ({"c_hash": "h"}, "it is no access token"),
+        ({"token_use": "access", "typ": "ID"}, "it is no access token"),
         ({"cnf": {"jkt": "x"}}, "it is bound to a key of its client"),
         ({"sub": None, "client_id": None}, "it has neither sub nor client_id"),
     ],
@@ -180,6 +188,13 @@ async def test_other_tokens_of_the_provider_are_no_credentials(service: OpenIdSe
         assert await caller_of(identity, service.token(header={"typ": "at+JWT"}))
 
 
+async def test_a_token_that_says_it_is_for_access_may_have_a_nonce(service: OpenIdService) -> None:
+    """Keycloak before 25 copies the nonce of the login into access tokens."""
+    async with recognizing(service) as identity:
+        for kind in ({"typ": "Bearer"}, {"token_use": "access"}):
+            assert await caller_of(identity, service.token(nonce="n", **kind))
+
+
 async def test_an_expired_token_is_refused_with_a_reason_of_its_own(service: OpenIdService) -> None:
     now = time.time()
     async with recognizing(service, wall=lambda: now) as identity:
@@ -199,6 +214,16 @@ async def test_cognitos_access_tokens_have_a_client_id_and_no_audience(service: 
     assert "'safelight/generate'" in refused.message
 
 
+@pytest.mark.parametrize("part", range(3))
+async def test_a_token_has_no_variants(service: OpenIdService, part: int) -> None:
+    async with recognizing(service) as identity:
+        assert await caller_of(identity, service.token())
+        for more in ("=", "==", " ", "\n", "+", "/", "!", "\u00e9"):
+            parts = service.token().split(".")
+            parts[part] = parts[part][:8] + more + parts[part][8:]
+            assert (await refusal(identity, ".".join(parts))).message == "the token is not valid: it is malformed"
+
+
 @given(token=st.text(st.characters(codec="utf-8"), max_size=80).map(lambda text: "eyJ" + text))
 @example("eyJ.e30.x")
 @example("eyJhbGciOiAiRVMyNTYifQ." + base64.b64encode(b"[" * 9000).decode() + ".x")
@@ -215,6 +240,18 @@ def test_no_text_breaks_the_check_of_a_token(token: str) -> None:
         identity.recognize([("authorization", f"Bearer {token}")], PEER).send(None)
 
 
+async def test_a_header_that_is_nested_too_deeply_for_one_of_its_readers_is_malformed(service: OpenIdService) -> None:
+    """It is read twice, at two depths of the stack. The deepest nesting that each can read lies in this range."""
+    limit, seen = sys.getrecursionlimit(), set()
+    async with recognizing(service) as identity:
+        for depth in range(limit - 150, limit):
+            header = f'{{"alg": "ES256", "kid": "first", "x": {"[" * depth + "]" * depth}}}'
+            encoded = base64.urlsafe_b64encode(header.encode()).decode().rstrip("=")
+            _, claims, signature = service.token().split(".")
+            seen.add((await refusal(identity, f"{encoded}.{claims}.{signature}")).message)
+    assert seen == {f"the token is not valid: {fault}" for fault in ("it is malformed", "its signature is wrong")}
+
+
 # --- who the callers are ---
 
 
@@ -224,6 +261,7 @@ def test_no_text_breaks_the_check_of_a_token(token: str) -> None:
         ("", {}, "studio"),
         ("", {"client_id": None, "azp": "portal"}, "portal"),
         ("", {"client_id": None, "appid": "portal"}, "portal"),
+        ("", {"client_id": None, "cid": "portal"}, "portal"),
         ("sub", {}, "ann"),
         ("custom:tenant", {"custom:tenant": "lab"}, "lab"),
         ("https://example.com/tenant", {"https://example.com/tenant": "lab"}, "lab"),
@@ -377,6 +415,22 @@ async def test_callers_that_want_an_unknown_key_together_wait_for_one_reading(
     assert service.num_readings == 1
 
 
+async def test_a_reading_that_had_begun_before_the_call_says_nothing_of_a_newer_key(service: OpenIdService) -> None:
+    """The provider may have signed with a new key right after it sent the others. The call can succeed soon."""
+    service.answers.clear()
+    async with recognizing(service) as identity:
+        try:
+            await eventually(lambda: service.num_readings == 1)
+            known, newer = service.token(), service.token(key=ECKey.generate_key("P-256", {"kid": "newer"}))
+            waiting = asyncio.create_task(refusal(identity, newer))
+            await asyncio.sleep(0)  # it waits for the reading
+        finally:
+            service.answers.set()
+        refused = await waiting
+        assert (refused.status.name, refused.reason) == ("UNAVAILABLE", "TOKEN_KEY_UNKNOWN")
+        assert await caller_of(identity, known)
+
+
 async def test_without_the_provider_a_token_is_not_refused_but_not_known_yet(
     service: OpenIdService, quick: None, tmp_path: Path
 ) -> None:
@@ -404,9 +458,11 @@ async def test_an_outage_changes_nothing_for_known_keys_for_a_day(service: OpenI
         unknown = ECKey.generate_key("P-256", {"kid": "unknown"})
         await eventually_reason(identity, service.token(key=unknown), "IDENTITY_PROVIDER_UNAVAILABLE")
         now += openid.EXPIRE_S
-        assert await caller_of(identity, service.token(sub="bob"))
+        remembered = service.token(sub="bob")
+        assert await caller_of(identity, remembered)
         now += 1
-        assert (await refusal(identity, service.token(sub="eve"))).reason == "IDENTITY_PROVIDER_UNAVAILABLE"
+        for token in (remembered, service.token(sub="eve")):
+            assert (await refusal(identity, token)).reason == "IDENTITY_PROVIDER_UNAVAILABLE"
 
 
 async def eventually_reason(identity: Identity, token: str, reason: str) -> None:
@@ -424,22 +480,78 @@ async def eventually_reason(identity: Identity, token: str, reason: str) -> None
         lambda service: service.discovered.pop("jwks_uri"),
         lambda service: service.discovered.update(jwks_uri="file:///etc/passwd"),
         lambda service: service.discovered.update(jwks_uri=service.issuer + "/nowhere"),
-        lambda service: service.published.clear(),
-        lambda service: service.published.__setitem__(0, {"kty": ["EC"]}),
-        lambda service: service.published.__setitem__(0, service.published[0] | {"use": "enc"}),
-        lambda service: service.published.__setitem__(0, {"kty": "RSA", "kid": "first", "n": "AQAB", "e": "AQAB"}),
+        lambda service: setattr(service, "published", None),
+        lambda service: setattr(service, "published", {"first": service.published[0]}),
         lambda service: service.discovered.update(padding="x" * openid.MAX_BYTES),
+        lambda service: setattr(service, "discovered", b"[]"),
+        lambda service: setattr(service, "discovered", b'{"a":' * 100_000),
     ],
 )
 async def test_what_is_wrong_with_the_provider_is_no_fault_of_the_token(service: OpenIdService, fault) -> None:
     fault(service)
-    async with recognizing(service) as identity:
+    async with recognizing(service) as identity, asyncio.timeout(20):  # a call waits longer for who does not answer
         assert (await refusal(identity, service.token())).reason == "IDENTITY_PROVIDER_UNAVAILABLE"
 
 
-async def test_a_token_that_names_no_key_is_of_the_only_one(service: OpenIdService) -> None:
+@pytest.mark.parametrize(("variable", "value"), [("SSL_CERT_FILE", "/nowhere.pem"), ("HTTPS_PROXY", "ftp://x")])
+async def test_an_environment_without_a_way_to_the_provider_is_a_fault_too(
+    monkeypatch: pytest.MonkeyPatch, quick: None, variable: str, value: str
+) -> None:
+    """Calls are refused at once, and it is tried again: the file may come."""
+    monkeypatch.setenv(variable, value)
+    provider, tries = OpenIdProvider("https://provider.invalid"), []
+    make = openid.httpx2.AsyncClient
+    monkeypatch.setattr(openid.httpx2, "AsyncClient", lambda **given: tries.append(1) or make(**given))
+    async with reading(provider):
+        async with asyncio.timeout(20):  # a call waits longer for who does not answer
+            with pytest.raises(UnavailableError) as refused:
+                await provider.key("first")
+        assert refused.value.reason == "IDENTITY_PROVIDER_UNAVAILABLE"
+        await eventually(lambda: len(tries) > 1)
+
+
+@pytest.mark.parametrize(
+    "withdraw",
+    [
+        lambda service: service.published.clear(),
+        lambda service: service.published.__setitem__(0, 5),
+        lambda service: service.published.__setitem__(0, {"kty": ["EC"]}),
+        lambda service: service.published.__setitem__(0, service.published[0] | {"use": "enc"}),
+        lambda service: service.published.__setitem__(0, {"kty": "RSA", "kid": "first", "n": "AQAB", "e": "AQAB"}),
+    ],
+)
+async def test_a_provider_that_withdraws_its_last_key_is_no_outage(
+    service: OpenIdService, quick: None, monkeypatch: pytest.MonkeyPatch, withdraw
+) -> None:
+    """A stolen key ends at the next reading, also for tokens that are remembered."""
+    monkeypatch.setattr(openid, "REFRESH_S", 0.005)
+    monkeypatch.setattr(openid, "log", structlog.get_logger())  # one that no earlier test has made keep its settings
+    provider = OpenIdProvider(service.issuer)
+    identity = Identity(None, tokens=AccessTokens(provider, RULES))
+    async with reading(provider):
+        remembered = service.token()
+        assert await caller_of(identity, remembered)
+        version = provider.version
+        with capture_logs() as logged:
+            withdraw(service)
+            await eventually(lambda: provider.version > version)
+            assert [(entry["event"], entry["log_level"], entry["keys"]) for entry in logged] == [
+                ("openid_keys_read", "error", 0)
+            ]
+        for token in (remembered, service.token(sub="eve")):
+            assert (await refusal(identity, token)).reason in ("TOKEN_INVALID", "TOKEN_KEY_UNKNOWN")
+
+
+async def test_a_token_that_names_no_key_is_of_the_only_one_that_can_be_used(service: OpenIdService, rsa: Key) -> None:
+    """Keys for other algorithms do not count. Of several it must name one (OpenID Connect Core 1.0, section 10.1)."""
+    others = [ECKey.generate_key(curve, {"kid": curve}) for curve in ("P-384", "secp256k1")]
+    others += [OKPKey.generate_key("X25519", {"kid": "agreement"}), OctKey.generate_key(256, {"kid": "secret"})]
+    service.published += [key.as_dict(private=False) for key in others]
+    service.published.append(rsa.as_dict(private=False) | {"alg": "RSA-OAEP"})
     async with recognizing(service) as identity:
         assert await caller_of(identity, service.token(header={"kid": None}))
     service.published.append(ECKey.generate_key("P-256", {"kid": "second"}).as_dict(private=False))
     async with recognizing(service) as identity:
-        assert (await refusal(identity, service.token(header={"kid": None}))).reason == "TOKEN_INVALID"
+        assert await caller_of(identity, service.token())
+        refused = await refusal(identity, service.token(header={"kid": None}))
+        assert (refused.reason, "names no key (kid)" in refused.message) == ("TOKEN_INVALID", True)

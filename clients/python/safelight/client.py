@@ -82,7 +82,8 @@ class Client:
         api_key: sent as a bearer token.
         token: returns the access token of an OpenID provider, or awaits it; called anew for each call, also of a stream
             that is resumed, so it should return the same token until that is about to expire. A function that does not
-            await runs in a thread. What it raises is raised by the call. Excludes api_key.
+            await runs in a thread. What it raises is raised by the call, and a call with a timeout_s waits for it until
+            then (a thread runs on). Excludes api_key.
         credentials: for TLS; None: plain text.
         server_name: the name in the server's certificate, if it differs from the target's.
         patience_s: how long to try to resume a generation after its last event.
@@ -247,7 +248,7 @@ class Client:
         while True:
             if images and not received.name:
                 await self._upload_missing(images, received, until)
-            headers = [*await self._authorization(), *metadata]
+            headers = [*await self._authorization(until), *metadata]
             channel = self._channels[received.at]  # kept as long as the call: it may be given up meanwhile
             call = self._call(request, received, None if until is None else until - loop.time(), headers)
             try:
@@ -303,8 +304,8 @@ class Client:
         ends = give_up_at if until is None else min(give_up_at, until)
         while True:
             file = None
+            headers = await self._authorization(until)
             try:
-                headers = await self._authorization()
                 for file in images.values():
                     timeout_s = None if until is None else until - loop.time()
                     await upload_missing(self._channels[received.at], headers, file, timeout_s)
@@ -341,16 +342,32 @@ class Client:
             raise ValueError("source: must be bytes or a pathlib.Path")
         return await self._ask(lambda metadata: upload(self.channel, metadata, file))
 
-    async def _authorization(self) -> tuple[tuple[str, str], ...]:
-        """The metadata by which the server recognizes the caller."""
+    async def _authorization(self, until: float | None = None) -> tuple[tuple[str, str], ...]:
+        """The metadata by which the server recognizes the caller.
+
+        Args:
+            until: the call's deadline, on the clock of the event loop.
+
+        Raises:
+            GenerationError: DEADLINE_EXCEEDED, while the token was waited for.
+        """
         if self._token is None:
             return self._metadata
-        token: str | Awaitable[str]
-        if inspect.iscoroutinefunction(self._token):
-            token = self._token()
-        else:
-            token = await asyncio.to_thread(self._token)  # it may fetch one, which the streams must not wait for
-        return _bearer("token", (await token if inspect.isawaitable(token) else token).rstrip())
+        try:
+            async with asyncio.timeout_at(until) as deadline:
+                token: str | Awaitable[str]
+                if inspect.iscoroutinefunction(self._token):
+                    token = self._token()
+                else:
+                    # It may fetch one, which the streams must not wait for.
+                    token = await asyncio.to_thread(self._token)
+                if inspect.isawaitable(token):
+                    token = await token
+        except TimeoutError:
+            if deadline.expired():
+                raise GenerationError.late("the token was not there in time") from None
+            raise  # the source's own
+        return _bearer("token", token.rstrip())
 
     def _call(
         self, request: pb.GenerateRequest, received: Received, timeout_s: float | None, metadata: Metadata
@@ -447,9 +464,10 @@ class Client:
     async def _ask(self, call: Callable[[tuple[tuple[str, str], ...]], Awaitable[Answer]]) -> Answer:
         """Makes a call at the current server; if it cannot be reached, at the next servers in turn."""
         for left in reversed(range(len(self._channels))):
+            metadata = await self._authorization()  # first: the current server may change meanwhile
             server = self._at
             try:
-                return await call(await self._authorization())
+                return await call(metadata)
             except grpc.aio.AioRpcError as error:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[server]))
             if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:

@@ -43,6 +43,12 @@ class GenerationError(Exception):
         message = f"the stream of {generation or 'the generation'} ended before the generation had finished"
         return cls(grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing, message))
 
+    @classmethod
+    def late(cls, message: str) -> Self:
+        """The error of a call whose deadline has passed before it was sent."""
+        nothing = grpc.aio.Metadata()
+        return cls(grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing, message))
+
     def _read(self, status: status_pb2.Status) -> None:
         info, bad, retry = (
             error_details_pb2.ErrorInfo(),

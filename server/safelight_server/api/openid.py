@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,10 @@ TIMEOUT_S = 5.0
 """How long the discovery document and the keys may take together."""
 MAX_BYTES = 1 << 20
 """Bytes of the largest document that is read."""
+ALGORITHMS = ("RS256", "PS256", "ES256", "EdDSA", "Ed25519")
+"""Signatures with a private key that only the provider has. None of HS*: whoever may check those can make them."""
+CURVES = ("P-256", "Ed25519", "Ed448")
+"""Curves of the keys that these algorithms take, beside RSA."""
 MIN_MODULUS_CHARACTERS = 342
 """Length of the modulus of an RSA key of 2048 bits in base64url; RFC 7518 allows no shorter keys."""
 
@@ -67,52 +72,57 @@ class OpenIdProvider:
         self._keys: Mapping[str, PublicKey] = {}
         self._read_at = -math.inf
         self._next_at = -math.inf
+        self._num_begun = 0
         self._fault = ""
         self._wanted = asyncio.Event()
         self._fresh = asyncio.Event()  # set in the pause after a reading
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the keys were read within `EXPIRE_S`."""
+        return self._clock() <= self._read_at + EXPIRE_S
 
     async def follow(self) -> None:
         """Reads the keys, and again every `REFRESH_S` or when a call wants one that is not there. Runs until cancelled.
 
         While the provider fails, it is asked again after each pause.
         """
-        # no proxy to a provider on this machine
-        trust_env = not is_loopback(urlsplit(self.issuer).hostname or "")
-        async with httpx2.AsyncClient(timeout=TIMEOUT_S, trust_env=trust_env) as http:
-            while True:
-                await self._read(http)
-                self._wanted.clear()
-                self._next_at = self._clock() + PAUSE_S
-                self._fresh.set()
-                await asyncio.sleep(PAUSE_S)
-                self._fresh.clear()
-                if not self._fault:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(REFRESH_S - PAUSE_S):
-                            await self._wanted.wait()
+        while True:
+            await self._read()
+            self._wanted.clear()
+            self._next_at = self._clock() + PAUSE_S
+            self._fresh.set()
+            await asyncio.sleep(PAUSE_S)
+            self._fresh.clear()
+            if not self._fault:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(REFRESH_S - PAUSE_S):
+                        await self._wanted.wait()
 
     async def key(self, kid: str | None) -> PublicKey:
         """Returns a key by its id; None: the only one.
 
         Raises:
-            UnauthenticatedError: the provider has no such key.
+            UnauthenticatedError: the provider has no such key, or several where a token must name one.
             UnavailableError: the provider's keys cannot be read now.
         """
         if (key := self._find(kid)) is not None:
             return key
         if not self._fault and not self._fresh.is_set():
+            num_begun = self._num_begun
             self._wanted.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TIMEOUT_S + 1.0):
                     await self._fresh.wait()
             if (key := self._find(kid)) is not None:
                 return key
-            if self._fresh.is_set() and not self._fault:
+            # A reading that had begun before the call may have missed a key that the token is the first to name.
+            if self._fresh.is_set() and not self._fault and self._num_begun > num_begun:
                 raise UnauthenticatedError(
                     f"the token is signed by a key that is not among those of {self.issuer}", reason="TOKEN_INVALID"
                 )
         retry_s = max(1.0, self._next_at - self._clock())
-        if self._fault or self._read_at == -math.inf:
+        if self._fault or not self.is_current:
             raise UnavailableError(
                 f"the keys of {self.issuer} cannot be read now, so the token cannot be checked; retry",
                 reason="IDENTITY_PROVIDER_UNAVAILABLE",
@@ -125,28 +135,40 @@ class OpenIdProvider:
         )
 
     def _find(self, kid: str | None) -> PublicKey | None:
-        if self._clock() > self._read_at + EXPIRE_S:
+        if not self.is_current:
             return None
-        if kid is None:
-            return next(iter(self._keys.values())) if len(self._keys) == 1 else None
-        return self._keys.get(kid)
+        if kid is not None:
+            return self._keys.get(kid)
+        if len(self._keys) > 1:  # OpenID Connect Core 1.0, section 10.1: a token must say then which one
+            raise UnauthenticatedError(
+                f"the token names no key (kid), and {self.issuer} has several", reason="TOKEN_INVALID"
+            )
+        return next(iter(self._keys.values()), None)
 
-    async def _read(self, http: httpx2.AsyncClient) -> None:
+    async def _read(self) -> None:
         """Reads the keys. If that fails, the earlier ones stay in use, and the failure is logged once."""
+        self._num_begun += 1
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(TIMEOUT_S), await asyncio.to_thread(self._client) as http:
                 keys = await self._fetch(http)
-        except (httpx2.HTTPError, httpx2.InvalidURL, ProviderError, TimeoutError) as error:
-            fault = str(error) or type(error).__name__
+            changed = _dumped(keys) != _dumped(self._keys)
+        except Exception as error:  # noqa: BLE001  # whatever it is, calls must not wait, and it must be tried again
+            fault = str(error) if isinstance(error, ProviderError) else repr(error)
             if fault != self._fault:
                 log.error("openid_keys_not_read", issuer=self.issuer, error=fault)
             self._fault = fault
             return
-        if self._fault or self._read_at == -math.inf:
-            log.info("openid_keys_read", issuer=self.issuer, keys=len(keys))
-        if _dumped(keys) != _dumped(self._keys):
+        if changed or self._fault or self._read_at == -math.inf:
+            log.log(logging.INFO if keys else logging.ERROR, "openid_keys_read", issuer=self.issuer, keys=len(keys))
+        if changed:
             self.version += 1
         self._keys, self._read_at, self._fault = keys, self._clock(), ""
+
+    def _client(self) -> httpx2.AsyncClient:
+        """A client for one reading, by the variables of the environment, such as `SSL_CERT_FILE`. Reads files."""
+        # no proxy to a provider on this machine
+        trust_env = not is_loopback(urlsplit(self.issuer).hostname or "")
+        return httpx2.AsyncClient(timeout=TIMEOUT_S, trust_env=trust_env)
 
     async def _fetch(self, http: httpx2.AsyncClient) -> Mapping[str, PublicKey]:
         discovered = await _document(http, self.issuer.rstrip("/") + DISCOVERY_PATH)
@@ -155,10 +177,11 @@ class OpenIdProvider:
         url = discovered.get("jwks_uri")
         if not isinstance(url, str) or not url.startswith(("https://", f"{urlsplit(self.issuer).scheme}://")):
             raise ProviderError("the discovery document has no jwks_uri with https")
-        keys = await asyncio.to_thread(_keys, await _document(http, url))
-        if not keys:
-            raise ProviderError(f"{url} has no key that this server can use")
-        return keys
+        entries = (await _document(http, url)).get("keys")
+        if not isinstance(entries, list):
+            raise ProviderError(f"{url} is no JSON Web Key Set")
+        # None that can be used is no fault: it is how a provider withdraws its last key.
+        return await asyncio.to_thread(_keys, entries)
 
 
 async def _document(http: httpx2.AsyncClient, url: str) -> dict[str, Any]:
@@ -176,23 +199,30 @@ async def _document(http: httpx2.AsyncClient, url: str) -> dict[str, Any]:
                 raise ProviderError(f"{url} has more than {MAX_BYTES} bytes")
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ProviderError(f"{url} is no JSON object")
     return content
 
 
-def _keys(content: dict[str, Any]) -> Mapping[str, PublicKey]:
+def _keys(entries: list[Any]) -> Mapping[str, PublicKey]:
     """The usable public keys of a key set by their ids. Others are left out, as RFC 7517 (section 5) asks."""
-    entries = content.get("keys")
     found: list[Key] = []
-    for entry in entries if isinstance(entries, list) else ():
+    for entry in entries:
         if not isinstance(entry, dict) or entry.get("use", "sig") != "sig" or _is_short(entry):
             continue
         with contextlib.suppress(JoseError, UnsupportedAlgorithm, ValueError, TypeError, KeyError):
-            found.append(JWKRegistry.import_key(entry))
+            if _fits(key := JWKRegistry.import_key(entry)):
+                found.append(key)
     return {str(key.kid): key for key in KeySet(found) if isinstance(key, PublicKey)}  # a KeySet gives ids to its keys
+
+
+def _fits(key: Key) -> bool:
+    """Whether signatures by one of `ALGORITHMS` can be checked with the key."""
+    if key.alg is not None and key.alg not in ALGORITHMS:
+        return False
+    return isinstance(key, RSAKey) or (isinstance(key, ECKey | OKPKey) and key.curve_name in CURVES)
 
 
 def _is_short(entry: dict[str, Any]) -> bool:

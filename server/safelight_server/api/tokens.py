@@ -22,12 +22,10 @@ from joserfc.errors import ClaimError, ExpiredTokenError, JoseError, MissingClai
 from joserfc.jws import JWSRegistry
 from joserfc.jwt import JWTClaimsRegistry
 
-from safelight_server.api.openid import OpenIdProvider
+from safelight_server.api.openid import ALGORITHMS, OpenIdProvider
 from safelight_server.domain.caller import NAME, NAME_IN_WORDS, Caller
 from safelight_server.domain.errors import TokenNotAllowedError, UnauthenticatedError
 
-ALGORITHMS = ("RS256", "PS256", "ES256", "EdDSA", "Ed25519")
-"""Signatures with a private key that only the provider has. None of HS*: whoever may check those can make them."""
 TYPES = ("", "jwt", "at+jwt", "application/at+jwt")
 """Header `typ` of access tokens, in lower case. Other tokens of a provider, such as for a logout, are none."""
 LEEWAY_S = 30
@@ -38,8 +36,13 @@ REMEMBER_S = 3600.0
 """Longest time for which a token is not checked again, whatever time it has itself."""
 MAX_HEADER_BYTES, MAX_BYTES = 4096, 16_384
 """Of a token's header, and of a token; gRPC takes no metadata beyond the second."""
-APPLICATION_CLAIMS = ("client_id", "azp", "appid")
-"""Where providers name the application: RFC 9068 and Cognito, Keycloak and Entra, older Entra."""
+APPLICATION_CLAIMS = ("client_id", "azp", "appid", "cid")
+"""Where providers name the application: RFC 9068 and Cognito, Keycloak and Entra, older Entra, Okta."""
+
+ACCESS = {"token_use": "access", "typ": "Bearer"}
+"""How Cognito and Keycloak name the kind of access tokens, among the claims. Other providers do not."""
+ID_TOKEN_CLAIMS = frozenset({"nonce", "at_hash", "c_hash"})
+"""Claims that only ID tokens have (OpenID Connect Core 1.0, sections 2 and 3.3.2.11)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +137,16 @@ class AccessTokens:
             UnavailableError: the provider's keys cannot be read now.
         """
         entry = self._entries.get(digest)
-        if entry is not None and entry.version == self.provider.version and self._wall() < entry.until:
+        if entry is not None and self._is_valid(entry):
             return entry.caller
         claims = await self._verify(token)
         caller = self._caller(claims)
         self._remember(digest, caller, claims["exp"] + LEEWAY_S)
         return caller
+
+    def _is_valid(self, entry: _Entry) -> bool:
+        provider = self.provider
+        return entry.version == provider.version and provider.is_current and self._wall() < entry.until
 
     def _remember(self, digest: bytes, caller: Caller, until: float) -> None:
         self._entries.pop(digest, None)
@@ -161,6 +168,8 @@ class AccessTokens:
         key = await self.provider.key(kid)
         try:
             claims = jwt.decode(token, key, registry=_ALGORITHMS).claims
+        except RecursionError:  # it reads the parts at a greater depth of the stack than `_parts`
+            raise _invalid("it is malformed") from None
         except (JoseError, ValueError):  # the text of a JoseError may quote the token
             raise _invalid("its signature is wrong") from None
         self._check_claims(claims)  # those that were signed
@@ -183,8 +192,7 @@ class AccessTokens:
         audience = "aud" if "aud" in claims else "client_id"  # Cognito's access tokens have no aud
         if self._rules.audiences and self._rules.audiences.isdisjoint(_texts(claims, audience)):
             raise _invalid(f"it is for another audience (claim {audience})")
-        # What says that it is another kind of token: Cognito's token_use, and Keycloak's typ among the claims.
-        if claims.get("token_use", "access") != "access" or claims.get("typ", "Bearer") != "Bearer":
+        if not _is_for_access(claims):
             raise _invalid("it is no access token")
         if "cnf" in claims:
             raise _invalid("it is bound to a key of its client (cnf), which this server does not check")
@@ -214,6 +222,9 @@ def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header and the claims of a token, not verified."""
     if len(token) > MAX_BYTES:
         raise _invalid(f"it has more than {MAX_BYTES} bytes")
+    # No character beside base64url, which decoders may skip: each variant of one token would be remembered.
+    if not re.fullmatch(r"(?:[A-Za-z0-9_-]+\.){2}[A-Za-z0-9_-]*", token):
+        raise _invalid("it is malformed")
     found = []
     for part in token.split(".")[:2]:
         try:
@@ -224,6 +235,13 @@ def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
             raise _invalid("it is malformed")
         found.append(content)
     return found[0], found[1]
+
+
+def _is_for_access(claims: Mapping[str, Any]) -> bool:
+    """Whether nothing says that it is another kind of token, such as an ID token, which tells who has logged in."""
+    named = [claims[name] == kind for name, kind in ACCESS.items() if name in claims]
+    # What names its kind may have the other claims: Keycloak before 25 copied a login's nonce into access tokens.
+    return all(named) if named else ID_TOKEN_CLAIMS.isdisjoint(claims)
 
 
 def _texts(claims: Mapping[str, Any], name: str) -> list[str]:

@@ -81,8 +81,8 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 {{- if $v.networkPolicy.enabled }}
 {{- with $v.networkPolicy }}
-{{- if and (or $v.redis.url $v.redis.secret $v.cache.s3.url $v.models.url $v.otlp.endpoint) (not .egressPorts) (not .egress) }}
-{{- fail "redis, cache.s3, models.url and otlp need networkPolicy.egressPorts or networkPolicy.egress: the pods call nobody else" }}
+{{- if and (or $v.redis.url $v.redis.secret $v.cache.s3.url $v.models.url $v.otlp.endpoint $v.settings.oidc_issuer) (not .egressPorts) (not .egress) }}
+{{- fail "redis, cache.s3, models.url, otlp and settings.oidc_issuer need networkPolicy.egressPorts or networkPolicy.egress: the pods call nobody else" }}
 {{- end }}
 {{- end }}
 {{- if $v.route.enabled }}
