@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.support.loopback import answering
 
 TOKEN_PATH, NOTICE_PATH = "/latest/api/token", "/latest/meta-data/spot/instance-action"
 
@@ -35,13 +35,13 @@ class MetadataService:
         """How often a request for the notice got this status."""
         return self.asked.count(("GET", status))
 
-    def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[HTTPStatus, str]:
+    def answer(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[HTTPStatus, str]:
         """Answers a request; names of headers are in lower case."""
         status, text = self._answer(method, path, headers)
         self.asked.append((method, status))
         return status, text
 
-    def _answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[HTTPStatus, str]:
+    def _answer(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[HTTPStatus, str]:
         if self.broken:
             return HTTPStatus.INTERNAL_SERVER_ERROR, ""
         if (method, path) == ("PUT", TOKEN_PATH):
@@ -60,30 +60,10 @@ class MetadataService:
 def metadata_service() -> Iterator[MetadataService]:
     """Runs the service on a free loopback port during the block."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_PUT(self) -> None:
-            self._reply()
+    def answer(method: str, path: str, headers: Mapping[str, str]) -> tuple[HTTPStatus, bytes]:
+        status, text = service.answer(method, path, headers)
+        return status, text.encode()
 
-        def do_GET(self) -> None:
-            self._reply()
-
-        def _reply(self) -> None:
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            status, text = service.answer(self.command, self.path, headers)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Writes no log: standard error belongs to the tests."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        service = MetadataService(server.server_port)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield service
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(answer) as port:
+        service = MetadataService(port)
+        yield service

@@ -7,13 +7,14 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from joserfc import jws
 from joserfc.errors import SecurityWarning
 from joserfc.jwk import ECKey, Key
+
+from tests.support.loopback import answering
 
 DISCOVERY_PATH, KEYS_PATH = "/.well-known/openid-configuration", "/keys"
 
@@ -67,26 +68,12 @@ class OpenIdService:
 def openid_service() -> Iterator[OpenIdService]:
     """Runs the provider on a free loopback port during the block."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, content = service.answer(self.path)
-            if self.path == KEYS_PATH:
-                service.answers.wait()
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(_method: str, path: str, _headers: Mapping[str, str]) -> tuple[HTTPStatus, bytes]:
+        status, content = service.answer(path)
+        if path == KEYS_PATH:
+            service.answers.wait()
+        return status, content if isinstance(content, bytes) else json.dumps(content).encode()
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Writes no log: standard error belongs to the tests."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        service = OpenIdService(server.server_port)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield service
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(answer) as port:
+        service = OpenIdService(port)
+        yield service
