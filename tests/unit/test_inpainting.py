@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safelight.v1 import models_pb2
 from safelight_server.catalog import export
-from safelight_server.catalog.catalog import ManifestError, check, load
+from safelight_server.catalog.catalog import Catalog, ManifestError, check, load
 from safelight_server.catalog.manifest import Manifest
 from safelight_server.catalog.pixels import encoder_image, sampled_mask
 from safelight_server.domain.component import Component
@@ -63,6 +63,13 @@ def test_it_offers_inpainting_alone(tmp_path: Path) -> None:
     message = model_message(small_pipeline(tmp_path, inputs=INPUTS), runtime, True)
     assert list(message.tasks) == [models_pb2.TASK_INPAINTING]
     assert models_pb2.TASK_TEXT_TO_IMAGE in model_message(small_pipeline(tmp_path), runtime, True).tasks
+
+
+def test_it_is_the_default_only_where_no_model_draws_from_text(tmp_path: Path) -> None:
+    inpaints, draws = small_pipeline(tmp_path, name="a", inputs=INPUTS), small_pipeline(tmp_path, name="b")
+    assert Catalog([inpaints, draws]).default == "b"
+    assert Catalog([inpaints, draws], "a").default == "a"
+    assert Catalog([inpaints]).default == "a"
 
 
 @pytest.mark.parametrize(
