@@ -549,6 +549,9 @@ def test_a_scheduler_clips_where_diffusers_does_unasked(sdxl: SdxlFolder, folder
     unsaid = {key: value for key, value in SDXL_EULER.items() if key != "clip_sample"}
     assert any("clip_sample" in note for note in plan(sdxl("DDIMScheduler", unsaid)).notes)
     assert plan(folder("DDIMScheduler", unsaid)).notes == (), "StableDiffusionPipeline sets it"
+    inpaints = folder("DDIMScheduler", unsaid, index={"_class_name": "StableDiffusionInpaintPipeline"})
+    [note] = plan(inpaints).notes
+    assert note.startswith("scheduler DDIMScheduler: clip_sample is not served"), "this class does not set it"
 
 
 def test_a_watermark_is_not_left_out_in_silence(sdxl: SdxlFolder) -> None:

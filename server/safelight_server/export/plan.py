@@ -392,7 +392,8 @@ def _scheduler(source: Source, options: ExportOptions, findings: Findings) -> Sa
     if family.denoiser == "transformer":
         patch = networks.latent_multiple(source)
         return schedulers.judge_flow(kind, config, family.spacing, patch, options.sampler, options.steps, findings)
-    return schedulers.judge(kind, config, options.sampler, options.steps, family.mends_scheduler, findings)
+    mends = family.mends_scheduler, source.mends_clip_sample
+    return schedulers.judge(kind, config, options.sampler, options.steps, *mends, findings)
 
 
 def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Findings) -> dict[str, int]:
