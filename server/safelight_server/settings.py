@@ -98,7 +98,11 @@ class Settings(BaseSettings):
     max_adapter_bytes: Count = Field(
         256 << 20, description="Bytes of adapters' weights in memory, and of the file of an adapter."
     )
-    default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
+    default_model: str = Field(
+        "",
+        description="Model of requests that name none. Empty: the first by name that makes pictures from text, or else"
+        " the first.",
+    )
     require_all_models: bool = Field(
         False, description="Do not start if a model cannot be served. False: leave it out, log why, serve the others."
     )

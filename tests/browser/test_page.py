@@ -12,6 +12,10 @@ from google.rpc import error_details_pb2, status_pb2
 from playwright.async_api import expect
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.api.identity import new_key
+from safelight_server.app import server as app
+from safelight_server.catalog.catalog import Catalog, assemble
+from safelight_server.catalog.manifest import INPAINTING_INPUTS, STABLE_DIFFUSION_INPUTS
+from safelight_server.runtime.simulated import simulated_pipeline
 
 from tests.browser.conftest import visit
 from tests.conftest import eventually
@@ -250,6 +254,27 @@ async def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser, tmp_path):
         other = await seen.page.context.new_page()
         await other.goto(f"{seen.origin}/")
         await expect(other.locator("#key")).to_have_value("")
+
+
+@pytest.mark.parametrize("others", [True, False])
+async def test_models_that_only_inpaint_are_not_offered(browser, monkeypatch, others):
+    plain, build = simulated_pipeline(), app.build_runtime
+    manifest = plain.manifest.model_copy(update={"name": "a", "inputs": STABLE_DIFFUSION_INPUTS | INPAINTING_INPUTS})
+    pipelines = [assemble(manifest, {}, plain.tokenizer), *([plain] if others else [])]
+
+    def built(settings):
+        return Catalog(pipelines, settings.default_model), build(settings.model_copy(update={"default_model": ""}))[1]
+
+    monkeypatch.setattr(app, "build_runtime", built)
+    async with http_server(default_model="a") as server, visit(browser, server.http_address) as seen:
+        if not others:
+            await expect(seen.page.locator("#news")).to_have_text(
+                "No model of this server makes pictures from text alone."
+            )
+            return
+        await expect(seen.page.locator("#model option")).to_have_text(["simulated"])
+        await seen.develop(POTION, 1, steps="4")
+        await finished(seen.card(0))
 
 
 async def test_a_server_that_is_gone_is_said_in_words(browser):

@@ -150,7 +150,7 @@ async def test_a_client_inpaints_and_is_told_what_lacks(server):
         assert np.array_equal(np.asarray(picture.image())[KEPT == 0], PIXELS[KEPT == 0])
         with pytest.raises(GenerationError) as refused:
             await client.generate("a red potion", init_image=PHOTO).picture()
-        assert "say which; a white picture stands for all of it" in refused.value.violations["spec.mask"]
+        assert "say which; a fully transparent PNG stands for all of it" in refused.value.violations["spec.mask"]
 
 
 async def test_a_model_that_inpaints_makes_edits_alone_over_http(server):

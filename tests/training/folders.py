@@ -414,7 +414,7 @@ def z_image_pipeline(**scheduler: Any) -> ZImagePipeline:
     for name in ("x_pad_token", "cap_pad_token"):  # zeros in a new network, so that they would tell nothing
         getattr(denoiser, name).data = torch.randn(1, 32)
     return ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
+        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 6.0} | scheduler)),
         vae=wide_vae(),
         text_encoder=qwen3(24),
         tokenizer=qwen_tokenizer(),

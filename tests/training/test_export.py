@@ -292,6 +292,23 @@ def test_not_a_number_is_not_parity(tmp_path: Path) -> None:
         onnx_file.check_parity(Root(), [{"x": -torch.ones(2, 3)}], Root.outputs, file)
 
 
+def test_free_axes_are_those_of_their_inputs_in_whatever_order_the_examples_are(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        outputs = ("y",)
+
+        def forward(self, x: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            scaled = x * factor[:, None, None, None]
+            return scaled if mask is None else scaled * mask
+
+    examples = [
+        {"mask": torch.ones(2, 1, *size), "x": torch.ones(2, 3, *size), "factor": torch.ones(2)}
+        for size in ((2, 4), (4, 2))
+    ]
+    file = tmp_path / "scaled" / "1" / "model.onnx"
+    onnx_file.write_onnx(Scaled(), examples, Scaled.outputs, file)
+    assert onnx_file.check_parity(Scaled(), examples, Scaled.outputs, file) == 0.0
+
+
 def test_weights_beyond_float16_are_refused() -> None:
     layer = nn.Linear(2, 2)
     layer.weight.data[0, 0] = 1e6

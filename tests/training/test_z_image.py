@@ -19,6 +19,7 @@ import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from PIL import Image
 from safelight import Accepted, Client, GenerationError, Picture, Preview
+from safelight_server.app.errors import StartError
 from safelight_server.app.server import Running, serving
 from safelight_server.catalog import catalog
 from safelight_server.catalog.tokenizer import Tokenizer
@@ -114,6 +115,15 @@ async def running(exported: Exported) -> AsyncIterator[Running]:
     settings = load(port=0, models_dir=exported.models, runtime="torch", num_instances=2, log_level="error")
     async with serving(settings) as running:
         yield running
+
+
+async def test_float16_is_refused_at_the_start(exported: Exported) -> None:
+    settings = load(
+        port=0, models_dir=exported.models, runtime="torch", torch_dtype="float16", num_instances=1, log_level="error"
+    )
+    with pytest.raises(StartError, match="torch_dtype: float16 gives NaN with models of z-image; use bfloat16"):
+        async with serving(settings):
+            pass
 
 
 async def ours(running: Running, prompt: str, **options: Any) -> list[np.ndarray]:

@@ -549,6 +549,9 @@ def test_a_scheduler_clips_where_diffusers_does_unasked(sdxl: SdxlFolder, folder
     unsaid = {key: value for key, value in SDXL_EULER.items() if key != "clip_sample"}
     assert any("clip_sample" in note for note in plan(sdxl("DDIMScheduler", unsaid)).notes)
     assert plan(folder("DDIMScheduler", unsaid)).notes == (), "StableDiffusionPipeline sets it"
+    inpaints = folder("DDIMScheduler", unsaid, index={"_class_name": "StableDiffusionInpaintPipeline"})
+    [note] = plan(inpaints).notes
+    assert note.startswith("scheduler DDIMScheduler: clip_sample is not served"), "this class does not set it"
 
 
 def test_a_watermark_is_not_left_out_in_silence(sdxl: SdxlFolder) -> None:
@@ -874,6 +877,42 @@ def test_the_folder_of_z_image_is_planned_in_full(z_image: ZImageFolder) -> None
     assert written["noise_schedule"] == {"num_train_timesteps": 1000, "shift": 6.0}
     turbo = plan(z_image(index={"_name_or_path": "Tongyi-MAI/Z-Image-Turbo"}), format=ExportFormat.TORCH)
     assert (turbo.options.steps, turbo.options.guidance_scale) == (8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "scheduler", "why"),
+    [
+        ("models--Tongyi-MAI--Z-Image-Turbo/snapshots/04cc4abb", {}, {}, "its folder's path says turbo"),
+        ("04cc4abb", {"name": "z-image-turbo"}, {}, "its name says turbo"),
+        (
+            "snapshots/04cc4abb",
+            {},
+            {"shift": 3.0},
+            "its scheduler's shift is 3 like Z-Image-Turbo's, where Z-Image has 6",
+        ),
+        ("04cc4abb", {}, {}, ""),
+    ],
+)
+def test_a_distilled_z_image_is_recognized_without_a_name_in_its_index(
+    tmp_path: Path, place: str, options: dict[str, Any], scheduler: dict[str, Any], why: str
+) -> None:
+    folder = ZImageFolder(tmp_path / place)
+    made = plan(folder("", folder.scheduler | scheduler), format=ExportFormat.TORCH, **options)
+    assert (made.options.steps, made.options.guidance_scale) == ((8, 1.0) if why else (50, 6.0))
+    assert made.is_default_assumed is not bool(why)
+    if why:
+        assert made.notes[0].startswith(f"taken for a distilled model, as {why}: 8 steps without guidance")
+
+
+def test_a_dry_run_says_where_defaults_come_from_if_nothing_tells(
+    z_image: ZImageFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"format": ExportFormat.TORCH, "licence": "apache-2.0", "name": "mine", "dry_run": True}
+    export_command(z_image(), **options)
+    said = "nothing says that it is distilled (turbo, lightning ...), so these steps and this guidance are those of"
+    assert f"{said} ZImagePipeline; --steps and --guidance-scale give others" in capsys.readouterr().out
+    export_command(z_image(), **options, steps=8, guidance_scale=1.0)
+    assert said not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("format", [ExportFormat.ONNX, ExportFormat.BOTH])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.manifest import INPAINTING_INPUTS, STABLE_DIFFUSION_INPUTS
 from safelight_server.domain import errors
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError, SafelightError
 from safelight_server.http.errors import STATUS_CODES, error_body, error_response
@@ -256,6 +257,14 @@ def test_a_key_decides_what_the_server_chooses():
 def edit(catalog: Catalog = CATALOG, **texts: str) -> pb.GenerateRequest:
     form = Form({name: [text] for name, text in ({"prompt": "x"} | texts).items()}, {"image": [b"picture"]})
     return edit_request(parse_edit(form).parameters, catalog)[0]
+
+
+def test_partial_images_of_an_edit_are_spread_over_the_steps_that_the_models_strength_leaves(tmp_path):
+    inpaints = Catalog([small_pipeline(tmp_path, inputs=STABLE_DIFFUSION_INPUTS | INPAINTING_INPUTS)])
+    asked = {"stream": "true", "partial_images": "2", "num_inference_steps": "20"}
+    assert edit(**asked).preview.every_n_steps == 8
+    assert edit(inpaints, **asked).preview.every_n_steps == 10
+    assert edit(inpaints, **asked, strength="0.6").preview.every_n_steps == 6
 
 
 def test_each_text_of_an_edit_has_its_field():

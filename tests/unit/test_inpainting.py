@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from safelight.v1 import models_pb2
 from safelight_server.catalog import export
-from safelight_server.catalog.catalog import ManifestError, check, load
+from safelight_server.catalog.catalog import Catalog, ManifestError, check, load
 from safelight_server.catalog.manifest import Manifest
 from safelight_server.catalog.pixels import encoder_image, sampled_mask
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InvalidRequestError
-from safelight_server.domain.uploads import PictureFile
+from safelight_server.domain.uploads import PictureFile, decode_mask, has_alpha
 from safelight_server.engine.jobs import InitImage, Job
 from safelight_server.engine.latents import CleanLatent, Latents, RowMaskedImage, Snapshot
 from safelight_server.export.source import ExportError
@@ -65,6 +65,13 @@ def test_it_offers_inpainting_alone(tmp_path: Path) -> None:
     assert models_pb2.TASK_TEXT_TO_IMAGE in model_message(small_pipeline(tmp_path), runtime, True).tasks
 
 
+def test_it_is_the_default_only_where_no_model_draws_from_text(tmp_path: Path) -> None:
+    inpaints, draws = small_pipeline(tmp_path, name="a", inputs=INPUTS), small_pipeline(tmp_path, name="b")
+    assert Catalog([inpaints, draws]).default == "b"
+    assert Catalog([inpaints, draws], "a").default == "a"
+    assert Catalog([inpaints]).default == "a"
+
+
 @pytest.mark.parametrize(
     ("spec", "fields"),
     [
@@ -79,6 +86,15 @@ def test_a_request_needs_a_picture_and_a_mask(tmp_path: Path, spec: dict[str, ob
         resolve_request(request(**spec), small_catalog(tmp_path, inputs=INPUTS), LIMITS)
     assert [fault.field for fault in refused.value.violations] == fields
     assert all("only develops a part of a picture anew" in fault.description for fault in refused.value.violations)
+
+
+def test_what_stands_for_all_of_a_picture_does_so_over_grpc_and_http(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="a fully transparent PNG stands for all of it"):
+        resolve_request(request(init_image=IMAGE), small_catalog(tmp_path, inputs=INPUTS), LIMITS)
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(file, "PNG")
+    assert has_alpha(file.getvalue()), "as HTTP requires"
+    assert (decode_mask(file.getvalue(), 1 << 10, 8, 8) == 255).all()
 
 
 @pytest.mark.parametrize(("given", "strength", "first_step"), [(None, 1.0, 0), (0.7, 0.7, 3), (1.0, 1.0, 0)])

@@ -172,6 +172,7 @@ class Catalog:
     """All pipelines by name, one of which is the default, and the faulty pipelines, which are left out.
 
     Args:
+        default: the name of the default; empty: the first by name, of those that do not only inpaint if there are any.
         require_all: whether a pipeline that cannot be served is an error.
 
     Attributes:
@@ -207,7 +208,9 @@ class Catalog:
         self.default = self._find_default()
 
     def _find_default(self) -> str:
-        default = self._wanted or next(iter(self.pipelines), "")
+        # Requests that name no model mostly bring no mask, without which a model that inpaints refuses them.
+        from_text = (name for name, pipeline in self.pipelines.items() if not pipeline.manifest.is_inpainting)
+        default = self._wanted or next(from_text, next(iter(self.pipelines), ""))
         if default in self.pipelines:
             return default
         if default in self.unavailable:

@@ -203,6 +203,11 @@ def _summary(planned: ExportPlan) -> list[str]:
         f"    {offer.prediction_type}; {options.steps} steps of {placed}; guidance {options.guidance_scale:g}",
         f"    samplers {', '.join(cell['name'] for cell in offer.cells)}",
     ]
+    if planned.is_default_assumed:
+        lines.append(
+            "    nothing says that it is distilled (turbo, lightning ...), so these steps and this guidance are those"
+            f" of {planned.source.pipeline_class}; --steps and --guidance-scale give others"
+        )
     if options.adapter_rank:
         lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
     if options.controls:

@@ -56,9 +56,9 @@ def write_onnx(
     Returns:
         The file with the weights, if they are many.
     """
-    largest_example = max(examples, key=num_values)  # not an edge of one multiple, which torch takes for a constant
-    taken = inspect.signature(module.forward).parameters  # torch has the inputs in this order
-    given = {name: largest_example[name] for name in taken if name in largest_example}
+    taken = inspect.signature(module.forward).parameters  # torch has the inputs, and wants their axes, in this order
+    examples = [{name: example[name] for name in taken if name in example} for example in examples]
+    given = max(examples, key=num_values)  # not an edge of one multiple, which torch takes for a constant
     axes = free_axes(examples, multiple, largest)
     program = exported(module, given, list(given), outputs, axes, path.parent.parent.name)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,8 @@ LOADED_BYTES = 6
 DISTILLED_GUIDANCE_SCALE = 1.0
 DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper-?sd(xl)?)(?![a-z])")
 """What distilled models are called."""
+Z_IMAGE_TURBO_SHIFT = 3.0
+"""Of the scheduler of Z-Image-Turbo; that of Z-Image is 6."""
 OPTION_OF = {
     "name": "--name",
     "revision": "--revision",
@@ -128,6 +130,8 @@ class ExportPlan:
         num_values: numbers in the weights of each network; 0 where the headers do not say.
         notes: what will differ from diffusers.
         image_prompt: the IP-Adapter; None: there are no image prompts.
+        is_default_assumed: whether the default steps or guidance scale are the family's, since neither the user nor the
+            folder says otherwise.
     """
 
     source: Source
@@ -139,6 +143,7 @@ class ExportPlan:
     num_values: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     image_prompt: ImagePromptSource | None = None
+    is_default_assumed: bool = False
 
     @property
     def latent_sizes(self) -> list[tuple[int, int]]:
@@ -244,7 +249,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         raise ExportError("; ".join(findings.faults))
     if networks.is_inpainting(source):
         findings.notes.append("only inpaints: each request needs a picture and a mask, and strength is 1 by default")
-    distilled = _distilled(source, checkpoint, offer)
+    distilled = _distilled(source, checkpoint, options.name, offer)
     is_guided = networks.is_guidance_distilled(source)
     if distilled and offer.default["name"] != "lcm" and None in (options.steps, options.guidance_scale):
         few = f"{source.family.distilled_steps} steps" + ("" if is_guided else " without guidance")
@@ -270,6 +275,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         num_values=found,
         notes=tuple(findings.notes),
         image_prompt=image_prompt,
+        is_default_assumed=not distilled and None in (options.steps, options.guidance_scale),
     )
     findings.faults += faults_of(draft(made))
     findings.require()
@@ -386,7 +392,8 @@ def _scheduler(source: Source, options: ExportOptions, findings: Findings) -> Sa
     if family.denoiser == "transformer":
         patch = networks.latent_multiple(source)
         return schedulers.judge_flow(kind, config, family.spacing, patch, options.sampler, options.steps, findings)
-    return schedulers.judge(kind, config, options.sampler, options.steps, family.mends_scheduler, findings)
+    mends = family.mends_scheduler, source.mends_clip_sample
+    return schedulers.judge(kind, config, options.sampler, options.steps, *mends, findings)
 
 
 def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Findings) -> dict[str, int]:
@@ -451,8 +458,10 @@ def _sizes(
     return ((width * factor, height * factor),)
 
 
-def _distilled(source: Source, checkpoint: Path | None, offer: SamplerOffer) -> str:
+def _distilled(source: Source, checkpoint: Path | None, name: str, offer: SamplerOffer) -> str:
     """Why a model is taken for a distilled one, which draws in few steps and without guidance; empty: it is not.
+
+    A folder often has no name of its own: the published model_index.json of Z-Image-Turbo has no `_name_or_path`.
 
     Turbo's scheduler is the sign of it: trailing timesteps are otherwise the choice for zero terminal SNR alone.
     """
@@ -461,9 +470,15 @@ def _distilled(source: Source, checkpoint: Path | None, offer: SamplerOffer) -> 
     default = offer.default
     if default["name"] == "lcm":
         return "its scheduler is LCM's"
-    saved_as = str(source.index.get("_name_or_path") or "").rpartition("/")[2]
-    if found := DISTILLED.search(f"{(checkpoint or source.folder.resolve()).name} {saved_as}".lower()):
+    given = checkpoint or source.folder
+    names = [name, given.name, given.resolve().name, str(source.index.get("_name_or_path") or "")]
+    if found := DISTILLED.search(" ".join(names).lower()):
         return f"its name says {found[1]}"
+    # Downloads lie deeper than their names: models--Tongyi-MAI--Z-Image-Turbo/snapshots/04cc4abb.
+    if found := DISTILLED.search(f"{given} {given.resolve()}".lower()):
+        return f"its folder's path says {found[1]}"
+    if source.family.name == "z-image" and offer.schedule.shift == Z_IMAGE_TURBO_SHIFT:
+        return f"its scheduler's shift is {Z_IMAGE_TURBO_SHIFT:g} like Z-Image-Turbo's, where Z-Image has 6"
     is_trailing = default["name"] in ("euler", "euler_ancestral") and default["spacing"] == "trailing"
     return "its timesteps are trailing" if is_trailing and not offer.schedule.rescale_zero_terminal_snr else ""
 

@@ -167,7 +167,13 @@ class SamplerOffer:
 
 
 def judge(
-    class_name: str, config: Config, wanted: str, num_steps: int | None, mends: bool, findings: Findings
+    class_name: str,
+    config: Config,
+    wanted: str,
+    num_steps: int | None,
+    mends: bool,
+    mends_clip_sample: bool,
+    findings: Findings,
 ) -> SamplerOffer | None:
     """What the folder's scheduler comes to; None where it cannot be served, which `findings` then say.
 
@@ -175,6 +181,7 @@ def judge(
         wanted: the user's choice of the default sampler; empty leaves it to the folder.
         num_steps: the default number of steps, if the user gave it.
         mends: as `Family.mends_scheduler`.
+        mends_clip_sample: as `Source.mends_clip_sample`.
     """
     what, known = f"scheduler {class_name}", SCHEDULERS.get(class_name)
     if known is None:
@@ -208,7 +215,7 @@ def judge(
         findings.faults.append(f"--sampler {wanted}: not among those of this model: {', '.join(names)}")
         return None
     default = _default(what, known, config, cells, wanted, findings)
-    if known.same and not mends and "clip_sample" in known.keys and config.get("clip_sample", known.clips):
+    if known.same and not mends_clip_sample and "clip_sample" in known.keys and config.get("clip_sample", known.clips):
         findings.notes.append(f"{what}: clip_sample is not served: no sampler clips what is predicted")
     return SamplerOffer(schedule, prediction, cells, default, most)
 

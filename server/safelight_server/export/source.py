@@ -28,8 +28,8 @@ class Family:
         components: by name in model_index.json the classes that can be exported.
         inputs: of the denoiser, each with its source, as in the manifest.
         guidance_scale: default of requests.
-        mends_scheduler: whether the pipeline's class sets steps_offset to 1 and clip_sample to False, whatever the
-            scheduler's file says.
+        mends_scheduler: whether the pipeline's classes set steps_offset to 1, and the one that does not inpaint
+            clip_sample to False, whatever the scheduler's file says.
         denoiser: the name of its denoiser.
         steps: default number of steps of requests, of models that are not distilled.
         spacing: of the steps, where the family decides it and not the scheduler's file.
@@ -221,6 +221,11 @@ class Source:
         """The class of diffusers that loads it."""
         found = str(self.index["_class_name"])
         return SAME_NETWORKS.get(found, found)
+
+    @property
+    def mends_clip_sample(self) -> bool:
+        """Whether the folder's own class sets clip_sample to False, whatever the scheduler's file says."""
+        return self.family.mends_scheduler and self.index["_class_name"] not in SAME_NETWORKS
 
 
 def read(folder: Path, findings: Findings) -> Source:

@@ -29,7 +29,7 @@ from safelight_server.catalog.catalog import Catalog, Pipeline
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError
 from safelight_server.http.form import Form
 from safelight_server.sampler import steps_left_out
-from safelight_server.validation import DEFAULT_STRENGTH, find_model
+from safelight_server.validation import default_strength, find_model
 from safelight_server.validation.violations import Violations, listed, shown
 from safelight_server.wire.statuses import status_of
 
@@ -306,7 +306,7 @@ def _set_previews(request: pb.GenerateRequest, parameters: ImageParameters, pipe
         return
     num_steps = parameters.num_inference_steps or pipeline.manifest.defaults.num_inference_steps
     if isinstance(parameters, EditParameters):  # an edit skips its first steps
-        strength = DEFAULT_STRENGTH if parameters.strength is None else parameters.strength
+        strength = default_strength(pipeline) if parameters.strength is None else parameters.strength
         num_steps -= steps_left_out(num_steps, min(1.0, max(0.0, strength)))
     request.preview.every_n_steps = max(1, math.ceil(num_steps / parameters.partial_images))
     request.preview.accept.append(request.encoding)

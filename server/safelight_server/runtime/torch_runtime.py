@@ -53,6 +53,8 @@ from safelight_server.runtime.verification import InputSpec
 
 log = structlog.get_logger(__name__)
 
+OVERFLOWING = frozenset({"z-image"})
+"""Families whose denoiser, with its published weights, gives values beyond float16, and so no numbers."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -132,6 +134,7 @@ class TorchRuntime:
     async def _start_pipeline(self, pipeline: Pipeline) -> None:
         place, folder = f"{pipeline.name}/{pipeline.manifest.revision}/torch", str(pipeline.torch_folder)
         try:
+            self._check_dtype(pipeline)
             self._check_load(pipeline)
             loop = asyncio.get_running_loop()
             networks = await loop.run_in_executor(self._instances[0].thread, self._load, pipeline)
@@ -143,6 +146,11 @@ class TorchRuntime:
                 await self._warm_up(pipeline, component)
             except (RuntimeFailure, RuntimeStartError, ManifestError, ConfigError) as error:
                 raise RuntimeStartError(f"{place}: {component}: {error}".replace(folder, place)) from None
+
+    def _check_dtype(self, pipeline: Pipeline) -> None:
+        family = pipeline.manifest.family
+        if self._options.dtype == "float16" and family in OVERFLOWING:
+            raise RuntimeStartError(f"torch_dtype: float16 gives NaN with models of {family}; use bfloat16 or float32")
 
     def _check_load(self, pipeline: Pipeline) -> None:
         """Refuses weights that do not fit into the memory of this machine, or of a GPU."""

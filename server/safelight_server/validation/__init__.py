@@ -22,13 +22,13 @@ from safelight_server.validation.request import (
     resolve_priority,
     resolve_request,
 )
-from safelight_server.validation.spec import DEFAULT_STRENGTH
+from safelight_server.validation.spec import default_strength
 
 __all__ = [
-    "DEFAULT_STRENGTH",
     "RequestLimits",
     "body_digest",
     "check_upload",
+    "default_strength",
     "find_model",
     "resolve_image",
     "resolve_name",

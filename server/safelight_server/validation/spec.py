@@ -241,6 +241,11 @@ def _eta(message: pb.SamplerSpec, sampler: str, default: float, faults: Violatio
     return message.eta if good else None
 
 
+def default_strength(pipeline: Pipeline) -> float:
+    """The strength of requests with a picture that name none."""
+    return INPAINTING_STRENGTH if pipeline.manifest.is_inpainting else DEFAULT_STRENGTH
+
+
 def _init_image(
     message: pb.GenerationSpec, pipeline: Pipeline, steps: int | None, faults: Violations
 ) -> tuple[str, float, str]:
@@ -249,7 +254,10 @@ def _init_image(
     if is_inpainting:
         what = f"{model} only develops a part of a picture anew: give the picture, and in mask which part"
         faults.check(bool(message.init_image), "spec.init_image", what)
-        what = f"{model} only develops a part of a picture anew: say which; a white picture stands for all of it"
+        # True of both forms: a mask over HTTP has an alpha channel, and over gRPC that channel counts if there is one.
+        what = (
+            f"{model} only develops a part of a picture anew: say which; a fully transparent PNG stands for all of it"
+        )
         faults.check(bool(message.mask), "spec.mask", what)
         if not message.init_image:
             return "", 1.0, ""
@@ -261,7 +269,7 @@ def _init_image(
     faults.check(pipeline.has_encoder, "spec.init_image", what)
     init_image = source_image(message.init_image, "spec.init_image", faults)
     mask = source_image(message.mask, "spec.mask", faults) if message.mask else ""
-    strength = INPAINTING_STRENGTH if is_inpainting else DEFAULT_STRENGTH
+    strength = default_strength(pipeline)
     if message.HasField("strength"):
         strength = _shortest(message.strength)
     if faults.check(0 < strength <= 1, "spec.strength", "must be above 0 and at most 1") and steps is not None:

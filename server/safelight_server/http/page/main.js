@@ -1,11 +1,13 @@
 // The page: the form, the sheet of pictures, and what is remembered in this tab.
 import { call } from "./grpc-web.js";
+import { ENUMS } from "./messages.js";
 import { Picture, Slots, duration } from "./picture.js";
 
 const MAX_STREAMS = 5;  // of the six connections that a browser has to a server one is left, to cancel with
 const MAX_PICTURES = 24;
 const MAX_SEED = 2n ** 64n - 1n;
 const KEY = "safelight-api-key";
+const FROM_TEXT = ENUMS["safelight.v1.Task"].TASK_TEXT_TO_IMAGE;
 
 const part = (id) => document.getElementById(id);
 const pictures = [];
@@ -48,7 +50,9 @@ function seedChanged() {
 
 async function showModels() {
   const types = ["safelight.v1.ListModelsRequest", "safelight.v1.ListModelsResponse"];
-  for await (const { models } of call("ModelService", "ListModels", types, {}, { apiKey: sheet.apiKey() })) {
+  for await (const listed of call("ModelService", "ListModels", types, {}, { apiKey: sheet.apiKey() })) {
+    const models = listed.models.filter(({ tasks }) => tasks.includes(FROM_TEXT));  // the page has no picture and mask
+    if (!models.length) sheet.say("No model of this server makes pictures from text alone.");
     const options = models.map(({ name, description, is_default: chosen }) => {
       const option = new Option(name.replace("models/", ""), name, chosen, chosen);
       option.title = description;
