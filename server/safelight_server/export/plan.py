@@ -474,8 +474,9 @@ def _distilled(source: Source, checkpoint: Path | None, name: str, offer: Sample
     names = [name, given.name, given.resolve().name, str(source.index.get("_name_or_path") or "")]
     if found := DISTILLED.search(" ".join(names).lower()):
         return f"its name says {found[1]}"
-    # Downloads lie deeper than their names: models--Tongyi-MAI--Z-Image-Turbo/snapshots/04cc4abb.
-    if found := DISTILLED.search(f"{given} {given.resolve()}".lower()):
+    # Downloads lie two folders below their names: models--Tongyi-MAI--Z-Image-Turbo/snapshots/04cc4abb.
+    nearest = [*given.parts[-3:], *given.resolve().parts[-3:]]  # further up are a user's folders, whatever their names
+    if found := DISTILLED.search(" ".join(nearest).lower()):
         return f"its folder's path says {found[1]}"
     if source.family.name == "z-image" and offer.schedule.shift == Z_IMAGE_TURBO_SHIFT:
         return f"its scheduler's shift is {Z_IMAGE_TURBO_SHIFT:g} like Z-Image-Turbo's, where Z-Image has 6"
