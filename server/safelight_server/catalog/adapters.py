@@ -299,7 +299,7 @@ class AdapterLibrary:
     def _misfit(self, file: AdapterFile, room: AdapterRoom) -> str:
         num_bytes = 4 * file.rank * room.width
         if num_bytes > self._max_bytes:
-            return f"takes {num_bytes} bytes; all adapters together may take {self._max_bytes}"
+            return f"takes {num_bytes} bytes; all adapters together may take {self._max_bytes} (max_adapter_bytes)"
         return file.misfit(room)
 
     def _tell(
