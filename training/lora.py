@@ -1,7 +1,7 @@
 """`python -m training.lora`: teaches `icons` a style by an adapter (LoRA, Hu et al. 2021), from 200 drawings.
 
 It starts from the shipped weights (`restore.py`), draws neon tubes (`icons/neon.py`), and trains what peft adds to the
-attention of the denoiser; everything else stays as it is. The server takes the result as it takes any other
+layers of the denoiser; everything else stays as it is. The server takes the result as it takes any other
 (docs/models.md). Minutes on two cores; a run that was stopped goes on from its checkpoint.
 
 Mixed precision, gradient checkpointing and several processes are options of accelerate, diffusers and torch. They do
@@ -27,6 +27,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safelight_server.export.adapters import target_names
+from safelight_server.export.plan import AdapterLayers
 from torch import Tensor, nn
 
 from training import checkpoint, networks, parallel
@@ -39,8 +41,6 @@ FACTS = "training.json"
 CHECKPOINT_EVERY_S = 60.0
 LOG_EVERY = 25
 NAME = "neon"
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-"""What the server can change (`safelight_server.export.adapters`)."""
 WARM_STEPS, MEASURED_STEPS = 2, 8
 
 
@@ -51,6 +51,7 @@ class LoraRecipe:
     Attributes:
         wordings: captions of each drawing, one of which is drawn for each sample.
         batch_size: samples of a step, of all processes together.
+        layers: those that are trained, as `safelight export --adapter-layers` names them.
         learning_rate: reached after a twentieth of the steps, then falling to zero along a cosine.
     """
 
@@ -60,6 +61,7 @@ class LoraRecipe:
     wordings: int = 8
     caption_dropout: float = 0.1
     rank: int = 4
+    layers: AdapterLayers = AdapterLayers.ALL
     batch_size: int = 32
     learning_rate: float = 2e-3
     num_samples: int = 24_000
@@ -156,7 +158,8 @@ class Run:
         pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
         self.samples = Samples(recipe, pipeline, folder)
         self.unet: UNet2DConditionModel = pipeline.unet.requires_grad_(False).train()
-        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=TARGETS, init_lora_weights="gaussian")
+        targets = target_names(self.unet, recipe.layers)
+        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=targets, init_lora_weights="gaussian")
         self.unet.add_adapter(config)
         if options.checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -210,7 +213,7 @@ class Run:
 
 def _said(recipe: LoraRecipe) -> dict[str, object]:
     """A recipe as a checkpoint keeps it."""
-    return asdict(recipe) | {"style": repr(recipe.style)}
+    return asdict(recipe) | {"style": repr(recipe.style), "layers": str(recipe.layers)}
 
 
 def train(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, rank: int, world: int) -> None:
@@ -261,6 +264,7 @@ def save(run: Run, folder: Path) -> None:
         "num_samples": recipe.num_samples,
         "num_drawings": recipe.num_drawings,
         "rank": recipe.rank,
+        "layers": recipe.layers,
         "cpu_s": round(run.cpu_s),
         "computed": str(run.options),
     }
@@ -330,6 +334,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/lora"), help="work and results")
     parser.add_argument("--samples", type=int, default=LORA.num_samples, help="samples in all")
     parser.add_argument("--rank", type=int, default=LORA.rank, help="of the adapter")
+    parser.add_argument(
+        "--layers", type=AdapterLayers, choices=list(AdapterLayers), default=LORA.layers, help="that are trained"
+    )
     parser.add_argument("--batch-size", type=int, default=LORA.batch_size, help="samples of a step")
     parser.add_argument("--processes", type=int, default=2, help="single-thread processes")
     parser.add_argument(
@@ -340,15 +347,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.processes < 1 or options.batch_size % options.processes or not options.batch_size:
         parser.error("--batch-size must be a multiple of --processes")
-    recipe = replace(LORA, num_samples=options.samples, rank=options.rank, batch_size=options.batch_size)
+    chosen = {"rank": options.rank, "layers": options.layers, "batch_size": options.batch_size}
+    recipe = replace(LORA, num_samples=options.samples, **chosen)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.measure:
         print(table(compare(recipe, options.pipeline, options.folder)))
         return
-    chosen = Options(options.processes, options.precision == "bfloat16", options.gradient_checkpointing)
+    how = Options(options.processes, options.precision == "bfloat16", options.gradient_checkpointing)
     began = time.monotonic()
-    parallel.start(train, (recipe, chosen, options.pipeline, options.folder), options.folder, chosen.processes)
-    print(f"{options.folder / NAME}: {chosen}; {time.monotonic() - began:.0f} s")
+    parallel.start(train, (recipe, how, options.pipeline, options.folder), options.folder, how.processes)
+    print(f"{options.folder / NAME}: {how}; {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

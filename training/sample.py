@@ -9,7 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from safelight_server.catalog import adapters
 from safelight_server.catalog.catalog import load_pipeline
+from safelight_server.catalog.pixels import to_pixels
+from safelight_server.domain.component import Component
 from safelight_server.quantization.offline import OfflinePipeline
+from safelight_server.runtime import onnx
 
 
 class Sampler(OfflinePipeline):
@@ -28,6 +31,14 @@ class Sampler(OfflinePipeline):
             raise SystemExit(f"{manifest} has no room for adapters: export it with --adapter-rank")
         super().__init__(pipeline, threads=threads, adapter=weights)
         self.manifest = json.loads(manifest.read_text())
+        self._encode = onnx.loaded(pipeline.files[Component.ENCODER], threads)
+
+    def decoded(self, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Pictures (N, S, S, 3), encoded and decoded: what is left of them if the denoiser makes no mistake."""
+        images = pictures.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+        decode = self._calls[Component.DECODER]
+        parts = [decode({"latent": self._encode({"image": image[None]})["mean"]})["image"][0] for image in images]
+        return np.stack([to_pixels(image) for image in parts])
 
 
 def shares(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

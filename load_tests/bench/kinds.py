@@ -211,6 +211,7 @@ def _conditioned(place: Path) -> Path:
         licence="CC0-1.0",
         max_rows=32,
         adapter_rank=ADAPTER_RANK,
+        adapter_layers=plan.AdapterLayers.ATTENTION,
         controls=tuple((name, place / name) for name in CONTROLS),
         image_prompt=folders.ip_adapter(unet, place / "ip"),
     )

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safelight_server.catalog import adapters
 from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.export.adapters import Adapters
+from safelight_server.export.adapters import Adapters, target_names
 
 from training import checkpoint, classifier, evaluate, lora, parallel, style
 from training.evaluate import find_manifest
@@ -113,7 +113,7 @@ def test_two_processes_learn_what_one_learns(icons: Path, plain: Path, tmp_path:
 def test_the_server_takes_what_was_trained(icons: Path, plain: Path) -> None:
     [file] = (plain / NAME).glob("*.safetensors")
     unet = StableDiffusionPipeline.from_pretrained(icons, safety_checker=None).unet
-    room = AdapterRoom.model_validate(Adapters(unet).room(8))
+    room = AdapterRoom.model_validate(Adapters(unet, target_names(unet, LORA.layers)).room(8))
     for folder in (plain, MODELS / "adapters"):
         offered = adapters.AdapterLibrary(folder, {"icons": room}).of("icons")
         assert offered[NAME].rank == LORA.rank, folder
@@ -125,7 +125,8 @@ def test_the_server_takes_what_was_trained(icons: Path, plain: Path) -> None:
 def test_beside_an_adapter_it_says_what_it_was_trained_on(plain: Path) -> None:
     told = json.loads((plain / NAME / FACTS).read_text())
     assert told.pop("cpu_s") >= 0
-    expected = {"samples": 16, "num_samples": 16, "num_drawings": 8, "rank": 4, "computed": "float32, 1 process"}
+    expected = {"samples": 16, "num_samples": 16, "num_drawings": 8, "rank": 4, "layers": "all"}
+    expected |= {"computed": "float32, 1 process"}
     assert told == expected
 
 
@@ -158,25 +159,30 @@ def test_the_styles_are_told_apart_on_unseen_drawings() -> None:
     ("with_", "without", "objects", "faults"),
     [
         (0.99, 0.01, 0.95, []),
-        (0.5, 0.01, 0.95, ["styled 0.500 < 0.95"]),
+        (0.86, 0.01, 0.95, []),
+        (0.85, 0.01, 0.95, ["styled 0.850 < 0.855"]),
         (0.99, 0.2, 0.95, ["plain 0.200 > 0.05"]),
         (0.99, 0.01, float("nan"), ["object nan < 0.9"]),
     ],
 )
 def test_each_bar_of_the_style_can_fail(with_: float, without: float, objects: float, faults: list[str]) -> None:
-    result = {"looks": {"with": with_, "without": without}, "scores": {"with": {"object": objects}}}
+    looks = {"with": with_, "without": without, "decoded": 0.9}
+    result = {"looks": looks, "scores": {"with": {"object": objects}}}
     assert style.below_bars(result) == faults
 
 
 class Drawn:
     """In place of the sampler: drawings of the style that the adapter is said to have."""
 
-    def __init__(self, manifest: Path, threads: int, adapter: Path | None) -> None:
+    def __init__(self, manifest: Path, threads: int, adapter: Path | None = None) -> None:
         self._look = PLAIN if adapter is None else NEON
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> npt.NDArray[np.uint8]:
         specs = evaluate.held_out_specs(len(prompts), "style")
         return np.stack([render(spec, style=self._look) for spec in specs])
+
+    def decoded(self, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return pictures
 
 
 def drawn_here(count: int, seed: str, styles: Sequence[Style] = (PLAIN,)) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
@@ -193,7 +199,8 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / NAME
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(b"weights")
-    told = {"samples": 4800, "num_samples": 24000, "num_drawings": 200, "rank": 4, "cpu_s": 60, "computed": "float32"}
+    told = {"samples": 4800, "num_samples": 24000, "num_drawings": 200, "rank": 4, "cpu_s": 60}
+    told |= {"layers": "blocks", "computed": "float32"}
     (folder / FACTS).write_text(json.dumps(told))
     monkeypatch.setattr(style, "NUM_DRAWINGS", 160)
     monkeypatch.setattr(style, "NUM_UNSEEN", 40)
@@ -214,6 +221,7 @@ def test_scoring_writes_its_figures_and_exits_below_the_bars(scored: Path) -> No
     assert result["looks"]["with"] > 0.7
     assert result["looks"]["without"] < 0.3
     card = (scored / "MODEL_CARD.md").read_text()
+    assert "LoRA of rank 4 on all layers of the transformer blocks;" in card
     assert "4,800 of\n24,000 samples, 60 CPU seconds (float32)" in card
     assert f"Below the bars: {'; '.join(result['faults'])}." in card
     assert hashlib.sha256(b"weights").hexdigest() in card

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safelight_server.catalog.adapter_names import diffusers_name
 from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, AdapterRoomError, packed, parse
 from safelight_server.catalog.catalog import check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
@@ -22,6 +23,7 @@ FORMATS = {
     "peft": ("base_model.model.{0}.lora_A.weight", "base_model.model.{0}.lora_B.weight"),
     "diffusers": ("unet.{0}.lora_A.weight", "unet.{0}.lora_B.weight"),
     "older diffusers": ("unet.{0}.lora.down.weight", "unet.{0}.lora.up.weight"),
+    "early diffusers": ("unet.{2}_lora.down.weight", "unet.{2}_lora.up.weight"),
     "kohya": ("lora_unet_{1}.lora_down.weight", "lora_unet_{1}.lora_up.weight"),
 }
 
@@ -37,7 +39,7 @@ def test_every_format_gives_the_same_weights(kind):
     down_key, up_key = FORMATS[kind]
     given, plain = {}, matrices(3)
     for name, _, _ in TARGETS:
-        names = name, name.replace(".", "_")
+        names = name, name.replace(".", "_"), name.replace("attn1.", "attn1.processor.").removesuffix(".0")
         given[down_key.format(*names)] = plain[f"base_model.model.{name}.lora_A.weight"]
         given[up_key.format(*names)] = plain[f"base_model.model.{name}.lora_B.weight"]
     assert np.array_equal(packed(parse(safetensors(given)), FITTING), packed(parse(safetensors(plain)), FITTING))
@@ -100,6 +102,11 @@ def test_half_and_bfloat16_are_read():
 
 
 ONE = np.ones((1, 4), np.float32)
+KERNEL = np.ones((1, 4, 3, 3), np.float32)
+KOHYA = {
+    "lora_unet_down_attn1_to_q.lora_down.weight": ONE,
+    "lora_unet_down_attn1_to_q.lora_up.weight": ONE.reshape(4, 1),
+}
 WHOLE = safetensors(matrices(2))
 REFUSED = {
     "empty": (b"", "is no safetensors file"),
@@ -110,13 +117,104 @@ REFUSED = {
     "text encoder": (safetensors({"text_encoder.q.lora_A.weight": ONE}), "changes the text encoder"),
     "kohya's text encoder": (safetensors({"lora_te_q.lora_down.weight": ONE}), "changes the text encoder"),
     "magnitudes": (safetensors(matrices(2) | {A.replace("lora_A", "dora_scale"): ONE}), "which is not understood"),
-    "convolution": (safetensors({A: np.ones((1, 4, 1, 1), np.float32)}), "which is not understood"),
+    "three axes": (safetensors({A: np.ones((1, 4, 1), np.float32)}), "which is not understood"),
+    "CP": (
+        safetensors(matrices(2) | {"lora_unet_x.lora_mid.weight": KERNEL}),
+        "lora_mid.* it is of a CP decomposition",
+    ),
+    "LoHa": (safetensors({"lora_unet_x.hada_w1_a": ONE}), "hada_w1_a .*not understood: it is of LoHa"),
+    "LoKr": (safetensors({"lora_unet_x.lokr_w1": ONE}), "lokr_w1 .*not understood: it is of LoKr"),
+    "DoRA": (safetensors({"lora_unet_x.dora_scale": ONE}), "dora_scale .*not understood: it is of DoRA"),
+    "second kernel": (safetensors({A: KERNEL, B: np.ones((6, 1, 3, 3), np.float32)}), "that do not go together"),
+    "long kernel": (safetensors({A: KERNEL[..., :1], B: np.ones((6, 1), np.float32)}), "that do not go together"),
+    "no kernel": (safetensors({A: KERNEL[..., :0, :0], B: np.ones((6, 1), np.float32)}), "that do not go together"),
+    "two keys": (safetensors({A: ONE, A.replace("base_model.model.", "unet."): ONE}), "the same matrix under another"),
+    "two names": (safetensors(matrices(2) | KOHYA), "has a layer under two names"),
     "one half": (safetensors({A: ONE}), "that do not go together"),
     "other ranks": (safetensors(matrices(2) | {A: ONE}), "that do not go together"),
     "rank 0": (safetensors({A: np.ones((0, 4), np.float32), B: np.ones((6, 0), np.float32)}), "do not go together"),
     "integers": (safetensors({A: np.ones((1, 4), np.int64)}), "as I64; F32, F16, BF16, F64 can be read"),
     "NaN": (safetensors(matrices(2) | {A: np.full((2, 4), np.nan, np.float32)}), "that are not finite"),
 }
+
+
+CONVOLUTIONS = AdapterRoom.model_validate(
+    {
+        "max_rank": 4,
+        "targets": [
+            {"name": "down.conv1", "inputs": 2, "outputs": 3, "kernel": 3, "padding": 1},
+            {"name": "down.proj_in", "inputs": 2, "outputs": 2, "kernel": 1},
+            {"name": "down.ff", "inputs": 2, "outputs": 2},
+        ],
+    }
+)
+
+
+def adapter_of(layer: str, *shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The two halves of a layer, of the shapes given, with kohya's keys and numbers of their own."""
+    rng = np.random.default_rng(2)
+    down, up = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return {f"lora_unet_{layer}.lora_down.weight": down, f"lora_unet_{layer}.lora_up.weight": up}
+
+
+def test_a_kernel_stands_in_a_row_place_by_place():
+    given = adapter_of("down_conv1", (2, 2, 3, 3), (3, 2, 1, 1))
+    weights = packed(parse(safetensors(given)), CONVOLUTIONS)
+    down, up = given.values()
+    assert weights.shape == (2, CONVOLUTIONS.width) == (2, 2 * 9 + 3 + 4 + 4)
+    for rank in range(2):
+        for place in range(9):
+            assert weights[rank, 2 * place : 2 * place + 2].tolist() == down[rank, :, place // 3, place % 3].tolist()
+        assert weights[rank, 18:21].tolist() == up[:, rank, 0, 0].tolist()
+    assert not weights[:, 21:].any()
+
+
+@pytest.mark.parametrize("layer", ["down_proj_in", "down_ff"])
+def test_a_kernel_of_one_place_and_a_matrix_are_the_same(layer):
+    flat = adapter_of(layer, (2, 2), (2, 2))
+    wanted = packed(parse(safetensors(flat)), CONVOLUTIONS)
+    assert wanted.any()
+    for shapes in [((2, 2, 1, 1), (2, 2, 1, 1)), ((2, 2, 1, 1), (2, 2)), ((2, 2), (2, 2, 1, 1))]:
+        given = parse(safetensors(adapter_of(layer, *shapes)))
+        assert np.array_equal(packed(given, CONVOLUTIONS), wanted), shapes
+
+
+def test_another_kernel_than_that_of_the_model_does_not_fit(tmp_path):
+    other = {
+        "flat": adapter_of("down_conv1", (2, 2), (3, 2)),
+        "wide": adapter_of("down_conv1", (2, 2, 5, 5), (3, 2, 1, 1)),
+        "curved": adapter_of("down_ff", (2, 2, 3, 3), (2, 2, 1, 1)),
+        "fitting": adapter_of("down_conv1", (2, 2, 3, 3), (3, 2, 1, 1)),
+    }
+    for name, given in other.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.safetensors").write_bytes(safetensors(given))
+    adapters = library(tmp_path, small=CONVOLUTIONS)
+    assert list(adapters.of("small")) == ["fitting"]
+    assert "changes down.conv1 as 2 to 3; the model's is 2 to 3 by 3 x 3" in adapters.misfit("small", "flat")
+    assert "changes down.conv1 as 2 to 3 by 5 x 5; the" in adapters.misfit("small", "wide")
+    assert "changes down.ff as 2 to 2 by 3 x 3; the model's is 2 to 2" in adapters.misfit("small", "curved")
+
+
+def test_names_of_the_original_unet_are_those_of_diffusers():
+    """Each kind of name once; tests/training compares whole files with diffusers."""
+    named = {
+        "input_blocks_0_0": "conv_in",
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0": (
+            "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
+        ),
+        "input_blocks_8_0_emb_layers_1": "down_blocks_2_resnets_1_time_emb_proj",
+        "input_blocks_6_0_op": "down_blocks_1_downsamplers_0_conv",
+        "middle_block_2_out_layers_3": "mid_block_resnets_1_conv2",
+        "middle_block_1_proj_out": "mid_block_attentions_0_proj_out",
+        "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv",
+        "output_blocks_2_1_conv": "up_blocks_0_upsamplers_0_conv",
+        "output_blocks_11_0_skip_connection": "up_blocks_3_resnets_2_conv_shortcut",
+        "out_2": "conv_out",
+        "output_blocks_0_7_conv9": "output_blocks_0_7_conv9",
+        "down_blocks.0.attentions.1.proj_in": "down_blocks.0.attentions.1.proj_in",
+    }
+    assert {name: diffusers_name(name) for name in named} == named
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -240,6 +338,19 @@ def test_the_room_decides_pixels_and_none_leaves_the_digest_as_it_was(tmp_path):
     rooms = [small_pipeline(tmp_path, adapters=room, inputs=inputs) for room in (ROOM, turned)]
     assert len({pipeline.digest for pipeline in (plain, *rooms)}) == 3
     assert small_pipeline(tmp_path, adapters=None).digest == plain.digest
+
+
+def test_room_from_before_there_were_convolutions_keeps_its_digest(tmp_path):
+    inputs = {**Manifest.model_validate(MANIFEST).inputs, **ADAPTER_INPUTS}
+    targets = [
+        {**ROOM["targets"][0], **form} for form in ({}, {"kernel": None}, {"kernel": 1}, {"kernel": 3}, {"padding": 1})
+    ]
+    of_linear, same, *others = [
+        small_pipeline(tmp_path, adapters={"max_rank": 6, "targets": [target]}, inputs=inputs).digest
+        for target in targets
+    ]
+    assert of_linear == same == "5cdefe1f13522a1b53769b6fce702bd0153833ffaec37be91d4b1b54914a2e04", "of before"
+    assert len({of_linear, *others}) == 4
 
 
 @pytest.mark.parametrize("changes", [{"adapters": ROOM}, {"inputs": dict(ADAPTER_INPUTS)}])

@@ -22,6 +22,7 @@ from safelight_server.cli.generate import parse_controls
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError
 from safelight_server.domain.request import ControlUse
 from safelight_server.domain.uploads import PictureFile
+from safelight_server.export.plan import AdapterLayers
 from safelight_server.export.source import ExportError
 from safelight_server.generations.init_images import InitImages
 from safelight_server.quantization.quality import require_quantizable
@@ -166,6 +167,11 @@ def test_a_control_network_that_is_not_understood_is_refused_on_the_command_line
 def test_a_denoiser_that_takes_more_is_not_quantized_on_the_command_line(tmp_path, options, named):
     with pytest.raises(ExportError, match=f"--quantize: goes with a plain denoiser; leave {named} out"):
         export_command(tmp_path, quantize="int8", **options)
+
+
+def test_layers_of_adapters_without_room_for_them_are_refused_on_the_command_line(tmp_path):
+    with pytest.raises(ExportError, match="--adapter-layers: goes with --adapter-rank; leave it out"):
+        export_command(tmp_path, adapter_layers=AdapterLayers.ALL)
 
 
 def test_a_denoiser_with_control_networks_is_not_quantized(tmp_path):

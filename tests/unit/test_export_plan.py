@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safelight_server.cli.export import export as export_command
 from safelight_server.export import schedulers
-from safelight_server.export.plan import ExportFormat, ExportOptions, ExportPlan, draft, make
+from safelight_server.export.plan import AdapterLayers, ExportFormat, ExportOptions, ExportPlan, draft, make
 from safelight_server.export.source import ExportError
 
 UNET = {
@@ -965,6 +965,10 @@ def test_the_torch_runtime_takes_no_adapters(folder: Folder, format: ExportForma
         folder(), adapter_rank=8, format=format
     )
     assert plan(folder(), adapter_rank=8).options.adapter_rank == 8
+
+
+def test_adapters_change_the_blocks_unless_said_otherwise(folder: Folder) -> None:
+    assert plan(folder(), adapter_rank=8).options.adapter_layers is AdapterLayers.BLOCKS
 
 
 def test_transformers_take_no_adapters(flux: FluxFolder) -> None:

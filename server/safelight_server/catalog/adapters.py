@@ -26,6 +26,7 @@ import numpy as np
 import structlog
 
 from safelight_server.catalog import safetensors
+from safelight_server.catalog.adapter_names import diffusers_name, plain_name
 from safelight_server.catalog.manifest import AdapterRoom
 from safelight_server.catalog.safetensors import SafetensorsError
 from safelight_server.domain.tensors import FloatArray
@@ -37,11 +38,22 @@ MAX_ADAPTERS = 256
 """Adapters of the folder that are offered: those first by name."""
 MAX_CONFIG_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-PART = re.compile(r"(?P<layer>.+?)(\.lora_A(\.default)?|\.lora[._]down|\.lora_B(\.default)?|\.lora[._]up)\.weight")
-DOWN = re.compile(r"\.lora_A(\.default)?\.weight$|\.lora[._]down\.weight$")
+PART = re.compile(
+    r"(?P<layer>.+?)(\.lora_A(\.default)?|(\.lora[._]|_lora\.)down|\.lora_B(\.default)?|(\.lora[._]|_lora\.)up)\.weight"
+)
+DOWN = re.compile(r"\.lora_A(\.default)?\.weight$|(\.lora[._]|_lora\.)down\.weight$")
 PREFIXES = ("base_model.model.", "unet.", "lora_unet_")
 """What stands before the name of a denoiser's layer: peft's, diffusers', kohya's."""
 TEXT_ENCODERS = ("text_encoder", "lora_te")
+OTHER_KINDS = {
+    ".lora_mid.": "a CP decomposition (LoCon with use_cp or use_tucker)",
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+}
+"""Adapters that are no plain LoRA, by what is in their keys; for messages."""
 
 
 class AdapterFileError(Exception):
@@ -54,21 +66,23 @@ class AdapterRoomError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LowRankLayer:
-    """What an adapter adds to a linear layer: up · down.
+    """What an adapter adds to a linear layer or to a convolution: up · down.
 
     Attributes:
-        down: (r, inputs) float32.
+        down: (r, edge * edge * inputs) float32, of a convolution the inputs of each place of its kernel, line by line.
         up: (outputs, r) float32, times alpha / r.
+        edge: of the kernel; 1 for a linear layer too.
     """
 
     down: FloatArray
     up: FloatArray
+    edge: int = 1
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Rank, inputs and outputs."""
-        rank, inputs = self.down.shape
-        return rank, inputs, len(self.up)
+    def shape(self) -> tuple[int, int, int, int]:
+        """Rank, inputs, outputs and the kernel's edge."""
+        rank, numbers = self.down.shape
+        return rank, numbers // self.edge**2, len(self.up), self.edge
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,37 +91,36 @@ class AdapterFile:
 
     Attributes:
         sha256: of its weights' file and, behind it, of the configuration beside it, where there is one.
-        shapes: rank, inputs and outputs by `plain_name` of a layer.
+        shapes: rank, inputs, outputs and the kernel's edge (`LowRankLayer.shape`) by `plain_name` of a layer.
     """
 
     name: str
     path: Path
     sha256: str
-    shapes: Mapping[str, tuple[int, int, int]] = field(repr=False)
+    shapes: Mapping[str, tuple[int, int, int, int]] = field(repr=False)
 
     @property
     def rank(self) -> int:
         """The largest rank of its layers."""
-        return max(rank for rank, _, _ in self.shapes.values())
+        return max(rank for rank, *_ in self.shapes.values())
 
     def misfit(self, room: AdapterRoom) -> str:
         """Why it does not fit into a denoiser's room; empty where it does."""
         targets = {plain_name(target.name): target for target in room.targets}
         if self.rank > room.max_rank:
             return f"has rank {self.rank}; the model has room for {room.max_rank}"
-        for layer, (_, inputs, outputs) in self.shapes.items():
+        for layer, (_, *form) in self.shapes.items():
             target = targets.get(layer)
             if target is None:
-                return f"changes {layer}, which is no target of the model"
-            if (inputs, outputs) != (target.inputs, target.outputs):
-                own = f"{target.inputs} to {target.outputs}"
-                return f"changes {target.name} as {inputs} to {outputs}; the model's is {own}"
+                return f"changes {layer}, which is no target of the model (safelight export --adapter-layers)"
+            own = [target.inputs, target.outputs, target.edge]
+            if form != own:
+                return f"changes {target.name} as {_form(*form)}; the model's is {_form(*own)}"
         return ""
 
 
-def plain_name(layer: str) -> str:
-    """The name of a layer without its dots, as kohya's scripts write it."""
-    return layer.replace(".", "_")
+def _form(inputs: int, outputs: int, edge: int) -> str:
+    return f"{inputs} to {outputs}" + (f" by {edge} x {edge}" if edge > 1 else "")
 
 
 def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
@@ -137,35 +150,51 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
             alphas[_layer(key.removesuffix(".alpha"))] = float(tensor.reshape(()))
             continue
         part = PART.fullmatch(key)
-        if part is None or tensor.ndim != 2:
-            raise AdapterFileError(f"has {key} {list(tensor.shape)}, which is not understood")
+        if part is None or tensor.ndim not in (2, 4):
+            kind = next((f": it is of {kind}" for mark, kind in OTHER_KINDS.items() if mark in key), "")
+            raise AdapterFileError(f"has {key} {list(tensor.shape)}, which is not understood{kind}")
         if not np.isfinite(tensor).all():
             raise AdapterFileError(f"has numbers in {key} that are not finite")
-        halves.setdefault(_layer(part["layer"]), {})["down" if DOWN.search(key) else "up"] = tensor
+        half, side = halves.setdefault(_layer(part["layer"]), {}), "down" if DOWN.search(key) else "up"
+        if side in half:
+            raise AdapterFileError(f"has {key} and the same matrix under another name")
+        half[side] = tensor
     if not halves:
         raise AdapterFileError("has no layers")
+    if len(halves) > len({plain_name(layer) for layer in halves}):
+        raise AdapterFileError("has a layer under two names")
     return {plain_name(layer): _low_rank(layer, found, alphas.get(layer), settings) for layer, found in halves.items()}
 
 
 def _low_rank(
     layer: str, halves: Mapping[str, FloatArray], alpha: float | None, settings: Mapping[str, Any]
 ) -> LowRankLayer:
-    if halves.keys() != {"down", "up"} or halves["up"].shape[1] != len(halves["down"]) or not len(halves["down"]):
+    if halves.keys() != {"down", "up"} or not _go_together(halves["down"], halves["up"]):
         raise AdapterFileError(f"has matrices of {layer} that do not go together")
     down, up = halves["down"], halves["up"]
-    rank = len(down)
+    rank, edge = len(down), 1 if down.ndim == 2 else down.shape[3]
     if alpha is None:
         alpha = _alpha(layer, settings)
     scaling = 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     if not math.isfinite(scaling):
         raise AdapterFileError(f"has an alpha of {layer} that is not finite")
-    return LowRankLayer(down, up * np.float32(scaling))
+    if down.ndim == 4:
+        down = down.transpose(0, 2, 3, 1)
+    return LowRankLayer(down.reshape(rank, -1), up.reshape(-1, rank) * np.float32(scaling), edge)
+
+
+def _go_together(down: FloatArray, up: FloatArray) -> bool:
+    """Whether these are (r, inputs) and (outputs, r), or the kernels of two convolutions, the second one of 1 x 1.
+
+    Either may be a matrix where the other is a kernel: files mix them, as a kernel of 1 x 1 is a matrix too.
+    """
+    return bool(down.size) and up.shape[1:] in ((len(down),), (len(down), 1, 1)) and down.shape[2:3] == down.shape[3:]
 
 
 def _layer(key: str) -> str:
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
-    return key
+    return diffusers_name(key)
 
 
 def _alpha(layer: str, settings: Mapping[str, Any]) -> float | None:
@@ -196,7 +225,7 @@ def packed(layers: Mapping[str, LowRankLayer], room: AdapterRoom) -> FloatArray:
     made = np.zeros((rank, room.width), np.float32)
     first = 0
     for target in room.targets:
-        middle, last = first + target.inputs, first + target.inputs + target.outputs
+        middle, last = first + target.num_down, first + target.num_down + target.outputs
         if (layer := layers.get(plain_name(target.name))) is not None:
             made[: len(layer.down), first:middle] = layer.down
             made[: len(layer.down), middle:last] = layer.up.T
@@ -270,7 +299,7 @@ class AdapterLibrary:
     def _misfit(self, file: AdapterFile, room: AdapterRoom) -> str:
         num_bytes = 4 * file.rank * room.width
         if num_bytes > self._max_bytes:
-            return f"takes {num_bytes} bytes; all adapters together may take {self._max_bytes}"
+            return f"takes {num_bytes} bytes; all adapters together may take {self._max_bytes} (max_adapter_bytes)"
         return file.misfit(room)
 
     def _tell(

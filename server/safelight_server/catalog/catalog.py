@@ -396,7 +396,7 @@ def _digest(manifest: Manifest) -> str:
     if dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS:  # keeps the digest of manifests that are older than this field
         decides["inputs"] = dict(manifest.inputs)
     if manifest.adapters is not None:
-        decides["adapters"] = manifest.adapters.model_dump(mode="json")
+        decides["adapters"] = manifest.adapters.model_dump(mode="json", exclude_defaults=True)  # likewise: no kernels
     if manifest.controls:  # their order is that of the networks in the denoiser
         decides["controls"] = list(manifest.controls)
     if manifest.image_prompt is not None:

@@ -296,11 +296,30 @@ class ImagePromptRoom(_Strict):
 
 
 class AdapterTarget(_Strict):
-    """A linear layer of the denoiser that adapters can change: `inputs` numbers in, `outputs` numbers out."""
+    """A layer of the denoiser that adapters can change: `inputs` numbers in, `outputs` numbers out.
+
+    Attributes:
+        kernel: edge of the kernel of a convolution, which has `inputs` and `outputs` channels; None: a linear layer.
+        stride: of a convolution.
+        padding: of a convolution, with zeros.
+    """
 
     name: str
     inputs: Positive
     outputs: Positive
+    kernel: Positive | None = None
+    stride: Positive = 1
+    padding: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def edge(self) -> int:
+        """Of the kernel; a linear layer counts as a convolution of 1 x 1."""
+        return self.kernel or 1
+
+    @property
+    def num_down(self) -> int:
+        """Numbers of a row of A."""
+        return self.inputs * self.edge**2
 
 
 class AdapterRoom(_Strict):
@@ -309,7 +328,8 @@ class AdapterRoom(_Strict):
     A row is given adapter_weights (R, Q) and adapter_scales (R,). Each rank has the numbers of all targets side by
     side: of the first target a row of its matrix A (`inputs` numbers) and a column of its B (`outputs` numbers), then
     those of the next one. A target adds the sum over all ranks r of B[:, r] * scales[r] * (A[r] · x); a rank of zeros
-    adds nothing.
+    adds nothing. A row of A of a convolution has the `inputs` numbers of each place of its kernel, line by line, and
+    `A[r] · x` is the convolution of x with it.
 
     Attributes:
         max_rank: R, for all adapters of a row together.
@@ -322,7 +342,7 @@ class AdapterRoom(_Strict):
     @property
     def width(self) -> int:
         """Q: numbers of one rank."""
-        return sum(target.inputs + target.outputs for target in self.targets)
+        return sum(target.num_down + target.outputs for target in self.targets)
 
 
 class Manifest(_Strict):

@@ -14,7 +14,7 @@ import typer
 from safelight_server import settings as settings_module
 from safelight_server.catalog import revisions
 from safelight_server.export import plan
-from safelight_server.export.plan import MAX_ROWS, ExportFormat, ExportOptions, ExportPlan
+from safelight_server.export.plan import MAX_ROWS, AdapterLayers, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.source import ExportError
 from safelight_server.quantization import quality
 from safelight_server.runtime.memory import available_bytes
@@ -52,6 +52,13 @@ def export(
     adapter_rank: Annotated[
         int, typer.Option(help="Room for adapters (LoRA) in each row: their ranks together. 0: none.")
     ] = 0,
+    adapter_layers: Annotated[
+        AdapterLayers | None,
+        typer.Option(
+            help="With --adapter-rank: the layers that adapters can change. attention; blocks, the default: all layers"
+            " of the transformer blocks, which kohya's scripts change; all: also the convolutions (LoCon)."
+        ),
+    ] = None,
     control: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="Control network (ControlNet) of diffusers; may be repeated."),
@@ -106,9 +113,12 @@ def export(
         config=config,
         format=format,
         adapter_rank=adapter_rank,
+        adapter_layers=adapter_layers or AdapterLayers.BLOCKS,
         controls=_controls(control or ()),
         image_prompt=image_prompt,
     )
+    if adapter_layers is not None and not adapter_rank:
+        raise ExportError("--adapter-layers: goes with --adapter-rank; leave it out")
     gate = _gate(quantize, min_psnr, judge, min_agreement, compare)
     more = {"--adapter-rank": adapter_rank, "--control": control, "--image-prompt": image_prompt}
     if quantize and (given := [option for option, value in more.items() if value]):
@@ -209,7 +219,9 @@ def _summary(planned: ExportPlan) -> list[str]:
             f" of {planned.source.pipeline_class}; --steps and --guidance-scale give others"
         )
     if options.adapter_rank:
-        lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
+        lines.append(
+            f"    room for adapters of rank {options.adapter_rank} in each row, in the layers {options.adapter_layers}"
+        )
     if options.controls:
         lines.append(f"    control networks {', '.join(name for name, _ in options.controls)}")
     if (prompt := planned.image_prompt) is not None:

@@ -40,7 +40,7 @@ from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pip
 from safelight_server.catalog.digest import sha256
 from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, Manifest
 from safelight_server.export import controls, loading, manifest, memory, plan
-from safelight_server.export.adapters import Adapters
+from safelight_server.export.adapters import Adapters, target_names
 from safelight_server.export.components import (
     Decoder,
     Denoiser,
@@ -180,7 +180,9 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
 
 def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
     prompts = None if made.image_prompt is None else ImagePrompts(pipeline.unet, made.image_prompt)
-    adapters = Adapters(pipeline.unet) if made.options.adapter_rank else None
+    adapters = None
+    if made.options.adapter_rank:
+        adapters = Adapters(pipeline.unet, target_names(pipeline.unet, made.options.adapter_layers))
     components: dict[str, nn.Module] = {
         "text_encoder": text_encoder_of(pipeline),
         "denoiser": denoiser_of(pipeline, adapters, prompts),
@@ -321,6 +323,7 @@ def _export_component(
     if adapters is not None:
         own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
         examples = [{**example, **own} for example in examples]
+        report(f"{place.name}: room for adapters takes {4 * own['adapter_weights'][0].numel() / 2**20:.1f} MiB a row")
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     compared = examples

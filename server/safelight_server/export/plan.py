@@ -79,6 +79,14 @@ class ExportFormat(enum.StrEnum):
     BOTH = "both"
 
 
+class AdapterLayers(enum.StrEnum):
+    """Which layers of a UNet get room for adapters."""
+
+    ATTENTION = "attention"
+    BLOCKS = "blocks"
+    ALL = "all"
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """The user's choices. An empty value leaves the choice to the folder.
@@ -95,6 +103,7 @@ class ExportOptions:
         config: for a checkpoint in one file, a diffusers folder of the same architecture.
         format: which files are written.
         adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
+        adapter_layers: the layers that have that room.
         controls: control networks, each with its name and its folder.
         image_prompt: the weights of an IP-Adapter, or their folder; None: no image prompts.
     """
@@ -114,6 +123,7 @@ class ExportOptions:
     config: Path | None = None
     format: ExportFormat = ExportFormat.ONNX
     adapter_rank: int = 0
+    adapter_layers: AdapterLayers = AdapterLayers.BLOCKS
     controls: tuple[tuple[str, Path], ...] = ()
     image_prompt: Path | None = None
 

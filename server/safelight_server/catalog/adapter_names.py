@@ -1,0 +1,60 @@
+"""Names of a UNet's layers in the files of adapters, and what diffusers calls the same layers.
+
+kohya's scripts write adapters of SDXL with the names of the original UNet
+(`input_blocks_4_1_proj_in`), and early versions of diffusers wrote those of the
+attention's processors. What other tools write are diffusers' own names.
+"""
+
+from __future__ import annotations
+
+import re
+
+BLOCK = re.compile(r"(?P<side>input|output)_blocks_(?P<block>[0-9]{1,2})_(?P<part>[0-2])_(?P<rest>.+)")
+MIDDLE = re.compile(r"middle_block_(?P<part>[0-2])_(?P<rest>.+)")
+BLOCKS_PER_LEVEL = 3
+"""Of the original UNet: on the way down two ResNets and a downsampler, on the way up three ResNets."""
+RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+ENDS = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+"""What stands before and after the levels, and beside them."""
+
+
+def plain_name(layer: str) -> str:
+    """The name of a layer without its dots, as kohya's scripts write it."""
+    return layer.replace(".", "_")
+
+
+def diffusers_name(layer: str) -> str:
+    """What diffusers calls a layer of a UNet, but for its dots; a name that is not known stays as it is."""
+    plain = plain_name(layer)
+    if plain in ENDS:
+        return ENDS[plain]
+    if (found := MIDDLE.fullmatch(plain)) is not None:
+        place = ("resnets_0", "attentions_0", "resnets_1")[int(found["part"])]
+        return f"mid_block_{place}_{RESNET.get(found['rest'], found['rest'])}"
+    if (found := BLOCK.fullmatch(plain)) is not None:
+        return _in_level(found["side"], int(found["block"]), int(found["part"]), found["rest"])
+    layer = layer.replace(".processor.", ".")
+    return f"{layer}.0" if layer.endswith(".to_out") else layer
+
+
+def _in_level(side: str, block: int, part: int, rest: str) -> str:
+    level, number = divmod(block - 1 if side == "input" else block, BLOCKS_PER_LEVEL)
+    blocks = "down_blocks" if side == "input" else "up_blocks"
+    if rest == "op":
+        return f"{blocks}_{level}_downsamplers_0_conv"
+    if rest == "conv":  # behind the ResNet, or behind the attention of a level that has some
+        return f"{blocks}_{level}_upsamplers_0_conv"
+    place = ("resnets", "attentions", "upsamplers")[part]
+    return f"{blocks}_{level}_{place}_{number}_{RESNET.get(rest, rest)}"
