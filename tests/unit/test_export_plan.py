@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safelight_server.catalog.manifest import ADAPTER_INPUTS
 from safelight_server.cli.export import export as export_command
 from safelight_server.export import schedulers
 from safelight_server.export.plan import ExportFormat, ExportOptions, ExportPlan, draft, make
@@ -959,16 +960,16 @@ def test_the_options_of_z_image_are_judged(z_image: ZImageFolder) -> None:
     )
 
 
-@pytest.mark.parametrize("format", [ExportFormat.TORCH, ExportFormat.BOTH])
-def test_the_torch_runtime_takes_no_adapters(folder: Folder, format: ExportFormat) -> None:
-    assert "--adapter-rank 8: the torch runtime takes no adapters; use --format onnx" in fault(
-        folder(), adapter_rank=8, format=format
-    )
-    assert plan(folder(), adapter_rank=8).options.adapter_rank == 8
+@pytest.mark.parametrize("format", list(ExportFormat))
+def test_every_format_takes_adapters(folder: Folder, format: ExportFormat) -> None:
+    manifest = draft(plan(folder(), adapter_rank=8, format=format))
+    assert manifest["adapters"]["max_rank"] == 8
+    assert manifest["inputs"].items() >= ADAPTER_INPUTS.items()
 
 
-def test_transformers_take_no_adapters(flux: FluxFolder) -> None:
-    assert "--adapter-rank 8: only UNets take adapters; leave it out" in fault(flux(), adapter_rank=8)
+def test_transformers_take_adapters(flux: FluxFolder, z_image: ZImageFolder) -> None:
+    for made in (plan(flux(), adapter_rank=8), plan(z_image(), adapter_rank=8, format=ExportFormat.TORCH)):
+        assert draft(made)["inputs"].items() >= ADAPTER_INPUTS.items()
 
 
 def control_folder(place: Path, **config: object) -> Path:

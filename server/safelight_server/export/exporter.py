@@ -38,9 +38,9 @@ from transformers import Qwen3Model, T5EncoderModel
 
 from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
-from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, Manifest
+from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, AdapterRoom, Manifest
 from safelight_server.export import controls, loading, manifest, memory, plan
-from safelight_server.export.adapters import Adapters
+from safelight_server.export.adapters import Adapters, fitting
 from safelight_server.export.components import (
     Decoder,
     Denoiser,
@@ -121,6 +121,10 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     pipeline_folder.mkdir(parents=True)
     report("checking the tokenizers")
     tokenizers = _write_tokenizers(pipeline, pipeline_folder)
+    torch_folder = pipeline_folder / TORCH_FOLDER
+    if options.format is not ExportFormat.ONNX:
+        report("writing safetensors")
+        _write_torch(pipeline, made, torch_folder)  # before layers are changed to take adapters, which renames weights
     components = _components(pipeline, made)
     adapters = _adapters_of(components["denoiser"])
     for module in components.values():
@@ -128,10 +132,6 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         if isinstance(module, ImagePromptEncoder):
             module.prepare()
     (staged / "repository").mkdir()
-    torch_folder = pipeline_folder / TORCH_FOLDER
-    if options.format is not ExportFormat.ONNX:
-        report("writing safetensors")
-        _write_torch(pipeline, made, torch_folder)
     bound = {}
     for number, (role, module) in enumerate(components.items(), 1):
         report(f"{role} ({number} of {len(components)}): {_count(module):,} weights")
@@ -178,9 +178,16 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
     return made
 
 
-def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
+def _components(pipeline: DiffusionPipeline, made: ExportPlan, room: AdapterRoom | None = None) -> dict[str, nn.Module]:
+    """The components by role.
+
+    Args:
+        room: the targets of adapters, where a manifest has them; None: all layers that adapters can change.
+    """
     prompts = None if made.image_prompt is None else ImagePrompts(pipeline.unet, made.image_prompt)
-    adapters = Adapters(pipeline.unet) if made.options.adapter_rank else None
+    adapters, network = None, getattr(pipeline, made.source.family.denoiser)
+    if made.options.adapter_rank:
+        adapters = Adapters(network) if room is None else fitting(network, room)
     components: dict[str, nn.Module] = {
         "text_encoder": text_encoder_of(pipeline),
         "denoiser": denoiser_of(pipeline, adapters, prompts),
@@ -205,15 +212,18 @@ def load_components(folder: Path, given: Manifest) -> dict[str, nn.Module]:
         folder: `torch/` beside the manifest `given`.
 
     Raises:
-        ExportError: the folder cannot be read.
+        ExportError: the folder cannot be read, or the denoiser lacks layers that adapters change.
     """
     sizes = tuple((size.width_px, size.height_px) for size in given.sizes)
     sampler = given.defaults.sampler.name
-    options = ExportOptions(given.name, licence=given.license, sizes=sizes, sampler=sampler, format=ExportFormat.TORCH)
+    rank = 0 if given.adapters is None else given.adapters.max_rank
+    options = ExportOptions(
+        given.name, licence=given.license, sizes=sizes, sampler=sampler, format=ExportFormat.TORCH, adapter_rank=rank
+    )
     made = plan.make(folder, options)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", module="torch|copyreg")
-        components = _components(loading.load(made), made)
+        components = _components(loading.load(made), made, given.adapters)
         for module in components.values():
             round_weights(module.eval().requires_grad_(False))
     return components
@@ -242,7 +252,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _adapters_of(module: nn.Module) -> Adapters | None:
-    return module.adapters if isinstance(module, Denoiser | DenoiserXL | ControlledDenoiser) else None
+    found: Adapters | None = getattr(module, "adapters", None)
+    return found
 
 
 def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
@@ -263,13 +274,13 @@ def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
 def denoiser_of(
     pipeline: DiffusionPipeline, adapters: Adapters | None = None, prompts: ImagePrompts | None = None
 ) -> nn.Module:
-    """The denoiser of a pipeline; `adapters`, `prompts`: with room for them, where it has a UNet."""
+    """The denoiser of a pipeline; `adapters`, `prompts`: with room for them, the latter where it has a UNet."""
     if isinstance(pipeline, FluxPipeline):
-        return FluxDenoiser(pipeline.transformer)
+        return FluxDenoiser(pipeline.transformer, adapters)
     if isinstance(pipeline, StableDiffusion3Pipeline):
-        return StableDiffusion3Denoiser(pipeline.transformer)
+        return StableDiffusion3Denoiser(pipeline.transformer, adapters)
     if isinstance(pipeline, ZImagePipeline):
-        return ZImageDenoiser(pipeline.transformer)
+        return ZImageDenoiser(pipeline.transformer, adapters)
     is_sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
     return (DenoiserXL if is_sdxl else Denoiser)(pipeline.unet, adapters, prompts)
 
@@ -309,6 +320,10 @@ def _export_component(
     version = made.options.version
     sizes = made.latent_sizes if role not in ("text_encoder", IMAGE_ENCODER) else made.latent_sizes[:1]
     examples = [example_inputs(role, pipeline, made, size) for size in sizes]
+    adapters = _adapters_of(module)
+    if adapters is not None:
+        own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
+        examples = [{**example, **own} for example in examples]
     if made.options.format is not ExportFormat.ONNX:
         file = torch_folder / "configs" / f"{role}.pbtxt"
         file.parent.mkdir(exist_ok=True)
@@ -317,10 +332,6 @@ def _export_component(
         row_bytes = memory.torch_row_bytes(module, max(examples, key=num_values))
         report(f"{place.name}: {row_bytes / 2**20:.1f} MiB a row")
         return {"model": place.name, "version": version, "sha256": "", "row_bytes": row_bytes}
-    adapters = _adapters_of(module)
-    if adapters is not None:
-        own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
-        examples = [{**example, **own} for example in examples]
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     compared = examples

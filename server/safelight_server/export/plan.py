@@ -223,12 +223,6 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         findings.faults.append(
             f"--adapter-rank {options.adapter_rank}: must be from 0 (no adapters) to {MAX_ADAPTER_RANK}"
         )
-    if options.adapter_rank and options.format is not ExportFormat.ONNX:
-        findings.faults.append(
-            f"--adapter-rank {options.adapter_rank}: the torch runtime takes no adapters; use --format onnx"
-        )
-    if options.adapter_rank and source.family.denoiser == "transformer":
-        findings.faults.append(f"--adapter-rank {options.adapter_rank}: only UNets take adapters; leave it out")
     if source.family.is_torch_alone and options.format is not ExportFormat.TORCH:
         findings.faults.append(
             f"--format {options.format}: this denoiser computes with complex numbers, which ONNX cannot express; use"
