@@ -71,7 +71,9 @@ class GivenAdapters(threading.local):
         down, up = self._pieces[2 * number], self._pieces[2 * number + 1]
         tokens = x.unsqueeze(1) if x.ndim == 2 else x
         scaled = torch.matmul(tokens, down.transpose(1, 2)) * self._scales  # float32, as the factors are
-        added = torch.matmul(scaled.to(x.dtype), up)
+        if scaled.dtype != up.dtype:
+            scaled = scaled.to(up.dtype)
+        added = torch.matmul(scaled, up)
         return added.squeeze(1) if x.ndim == 2 else added
 
 

@@ -39,7 +39,7 @@ from transformers import Qwen3Model, T5EncoderModel
 from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
 from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, AdapterRoom, Manifest
-from safelight_server.export import controls, loading, manifest, memory, plan
+from safelight_server.export import controls, loading, manifest, memory, plan, torch_files
 from safelight_server.export.adapters import Adapters, fitting
 from safelight_server.export.components import (
     Decoder,
@@ -79,10 +79,6 @@ WRITTEN: Mapping[ExportFormat, tuple[WeightKind, ...]] = {
     ExportFormat.TORCH: ("torch",),
     ExportFormat.BOTH: ("onnx", "torch"),
 }
-TORCH_FOLDER = "torch"
-"""Beside the manifest: what the `torch` runtime loads."""
-BESIDE = ("preview_decoder", "encoder.npz")
-"""What belongs to the networks and is no part of a diffusers pipeline."""
 EXAMPLE_ROWS = len(EXAMPLES)
 
 
@@ -121,10 +117,11 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     pipeline_folder.mkdir(parents=True)
     report("checking the tokenizers")
     tokenizers = _write_tokenizers(pipeline, pipeline_folder)
-    torch_folder = pipeline_folder / TORCH_FOLDER
+    torch_folder = pipeline_folder / torch_files.TORCH_FOLDER
     if options.format is not ExportFormat.ONNX:
         report("writing safetensors")
-        _write_torch(pipeline, made, torch_folder)  # before layers are changed to take adapters, which renames weights
+        # Before layers are changed to take adapters and image prompts, which renames weights.
+        torch_files.write(pipeline, made, torch_folder)
     components = _components(pipeline, made)
     adapters = _adapters_of(components["denoiser"])
     for module in components.values():
@@ -144,7 +141,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         **tokenizers,
         "linear_preview": manifest.linear_preview(made, folder / "linear_preview.npz", components["decoder"]),
         **manifest.prompts(folder / "prompts.json"),
-        **({} if options.format is ExportFormat.ONNX else {"torch": {"files": _digests(torch_folder)}}),
+        **({} if options.format is ExportFormat.ONNX else {"torch": {"files": torch_files.digests(torch_folder)}}),
         **({} if adapters is None else {"adapters": adapters.room(made.options.adapter_rank)}),
     }
     (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
@@ -214,41 +211,15 @@ def load_components(folder: Path, given: Manifest) -> dict[str, nn.Module]:
     Raises:
         ExportError: the folder cannot be read, or the denoiser lacks layers that adapters change.
     """
-    sizes = tuple((size.width_px, size.height_px) for size in given.sizes)
-    sampler = given.defaults.sampler.name
-    rank = 0 if given.adapters is None else given.adapters.max_rank
-    options = ExportOptions(
-        given.name, licence=given.license, sizes=sizes, sampler=sampler, format=ExportFormat.TORCH, adapter_rank=rank
-    )
-    made = plan.make(folder, options)
+    made = plan.make(folder, torch_files.options_of(folder, given))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", module="torch|copyreg")
         components = _components(loading.load(made), made, given.adapters)
         for module in components.values():
             round_weights(module.eval().requires_grad_(False))
+            if isinstance(module, ImagePromptEncoder):
+                module.prepare()
     return components
-
-
-def _write_torch(pipeline: DiffusionPipeline, made: ExportPlan, folder: Path) -> None:
-    """Writes the pipeline as diffusers saves it, in float16, which the weights were rounded to."""
-    networks = [getattr(pipeline, name) for name in made.source.family.networks]
-    for network in networks:
-        network.half()
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for network in networks:
-        network.float()
-    for name in BESIDE:
-        given = made.source.folder / name
-        if given.is_dir():
-            shutil.copytree(given, folder / name)
-        elif given.exists():
-            shutil.copy(given, folder / name)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by path."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
 def _adapters_of(module: nn.Module) -> Adapters | None:
@@ -324,6 +295,8 @@ def _export_component(
     if adapters is not None:
         own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
         examples = [{**example, **own} for example in examples]
+    if isinstance(module, ControlledDenoiser):
+        examples = [module.examples(example, made.factor) for example in examples]
     if made.options.format is not ExportFormat.ONNX:
         file = torch_folder / "configs" / f"{role}.pbtxt"
         file.parent.mkdir(exist_ok=True)
@@ -336,7 +309,6 @@ def _export_component(
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     compared = examples
     if isinstance(module, ControlledDenoiser):
-        examples = [module.examples(example, made.factor) for example in examples]
         compared = [*examples, *controls.idle(examples[0])]
         data = controls.write_controlled(module, examples, target, multiple)
     else:

@@ -231,7 +231,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     found |= _controls(source, factor, options, checkpoint is None, findings)
     image_prompt = None
     if options.image_prompt is not None:
-        image_prompt = _image_prompt(options.image_prompt, source, options.format, findings)
+        image_prompt = _image_prompt(options.image_prompt, source, findings)
     if image_prompt is not None:
         found = {**found, IMAGE_ENCODER: image_prompt.num_values} if found else {}
     licence = options.licence or source.licence
@@ -362,12 +362,9 @@ def _option(place: str) -> str:
     return OPTION_OF.get(place, OPTION_OF.get(place.partition(".")[0], place))
 
 
-def _image_prompt(given: Path, source: Source, format: ExportFormat, findings: Findings) -> ImagePromptSource | None:
-    option = image_prompts.OPTION
-    if format is not ExportFormat.ONNX:
-        findings.faults.append(f"{option}: the torch runtime takes no image prompts; use --format onnx")
+def _image_prompt(given: Path, source: Source, findings: Findings) -> ImagePromptSource | None:
     if source.family.denoiser == "transformer":
-        findings.faults.append(f"{option}: only UNets take image prompts; leave it out")
+        findings.faults.append(f"{image_prompts.OPTION}: only UNets take image prompts; leave it out")
         return None
     return image_prompts.judge(given, source, findings)
 
@@ -414,8 +411,6 @@ def _controls(
         The numbers in the weights of each, by option.
     """
     found = {}
-    if options.controls and options.format is not ExportFormat.ONNX:
-        findings.faults.append("--control: the torch runtime takes no control networks; use --format onnx")
     if len(options.controls) > MAX_CONTROLS:
         findings.faults.append(f"--control: there are {len(options.controls)}; at most {MAX_CONTROLS} are taken")
     for name, folder in options.controls[:MAX_CONTROLS]:

@@ -36,7 +36,9 @@ from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
 from safelight_server.catalog.config_pbtxt import ConfigError
 from safelight_server.catalog.manifest import (
     ADAPTER_WEIGHTS_SOURCE,
+    CONTROL_IMAGES_SOURCE,
     ENCODER_SOURCE,
+    IMAGE_PROMPT_TOKENS_SOURCE,
     INPAINTING_INPUTS,
     LATENT_SOURCE,
 )
@@ -332,7 +334,13 @@ def _halved(pipeline: Pipeline, component: Component) -> frozenset[str]:
     if component is not Component.DENOISER:
         return frozenset({"latent", "image"})
     sources = pipeline.manifest.inputs.items()
-    features = (LATENT_SOURCE, *INPAINTING_INPUTS.values(), ADAPTER_WEIGHTS_SOURCE)
+    features = (
+        LATENT_SOURCE,
+        *INPAINTING_INPUTS.values(),
+        ADAPTER_WEIGHTS_SOURCE,
+        CONTROL_IMAGES_SOURCE,
+        IMAGE_PROMPT_TOKENS_SOURCE,
+    )
     return frozenset(name for name, at in sources if at in features or at.startswith(ENCODER_SOURCE))
 
 
