@@ -344,8 +344,10 @@ async def test_a_call_that_runs_beside_another_has_its_own_adapters(exported, ex
     monkeypatch.setattr(GivenAdapters, "_added", held)
     first = asyncio.create_task(predicted(exact, given, 0))
     assert await asyncio.to_thread(first_is_in.wait, 60)
-    second = await predicted(exact, without(given, 0, 1), 1)
-    second_is_out.set()
+    try:
+        second = await predicted(exact, without(given, 0, 1), 1)
+    finally:
+        second_is_out.set()
     assert np.array_equal(second, bare)
     assert np.array_equal(await first, with_them)
 

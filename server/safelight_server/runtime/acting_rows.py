@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, ADAPTER_SCALES_SOURCE, ADAPTER_WEIGHTS_SOURCE
+from safelight_server.domain.tensors import Array
 from safelight_server.runtime.base import Inputs, StableRows
 
 ADAPTER_ROWS = "adapter_rows"
@@ -21,7 +23,7 @@ def of_acting_rows(inputs: Inputs) -> Inputs:
     if scales is None or weights is None:
         return inputs
     factors = scales.array() if isinstance(scales, StableRows) else scales
-    found = {name: rows for name, rows in inputs.items() if name not in ADAPTER_INPUTS}
+    found: dict[str, Array | StableRows] = {name: rows for name, rows in inputs.items() if name not in ADAPTER_INPUTS}
     places = np.flatnonzero((factors != 0).any(axis=1))
     if len(places):
         taken = _some(weights, places) if isinstance(weights, StableRows) else weights[places]
@@ -29,5 +31,5 @@ def of_acting_rows(inputs: Inputs) -> Inputs:
     return found
 
 
-def _some(rows: StableRows, places: np.ndarray) -> StableRows:
+def _some(rows: StableRows, places: npt.NDArray[np.intp]) -> StableRows:
     return StableRows(rows.shape, rows.versions[places], lambda at: rows.take(places[at]))
