@@ -53,7 +53,7 @@ Wish = tuple[str, float, float, float]
 """A control network with scale, start and end."""
 CASES: list[tuple[list[Wish], float]] = [
     ([("edges", 1.0, 0.0, 1.0)], 0.0),
-    ([("edges", 0.6, 0.2, 0.8), ("depth", 0.9, 0.34, 1.0)], 0.0),
+    ([("edges", 1.8, 0.2, 0.8), ("depth", 2.5, 0.34, 1.0)], 0.0),
     ([], 0.7),
     ([("depth", 1.5, 0.0, 0.5)], 1.0),
 ]
