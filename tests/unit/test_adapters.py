@@ -22,6 +22,7 @@ A, B = (f"base_model.model.down.attn1.to_q.lora_{part}.weight" for part in "AB")
 FORMATS = {
     "peft": ("base_model.model.{0}.lora_A.weight", "base_model.model.{0}.lora_B.weight"),
     "diffusers": ("unet.{0}.lora_A.weight", "unet.{0}.lora_B.weight"),
+    "diffusers, a transformer": ("transformer.{0}.lora_A.weight", "transformer.{0}.lora_B.weight"),
     "older diffusers": ("unet.{0}.lora.down.weight", "unet.{0}.lora.up.weight"),
     "early diffusers": ("unet.{2}_lora.down.weight", "unet.{2}_lora.up.weight"),
     "kohya": ("lora_unet_{1}.lora_down.weight", "lora_unet_{1}.lora_up.weight"),
@@ -91,6 +92,61 @@ def test_alpha_may_be_in_the_file_by_layer_or_in_its_metadata():
     assert np.array_equal(parse(safetensors(given | alpha))["down_attn1_to_q"].up, plain * np.float32(0.5))
     metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 99})}
     assert np.array_equal(parse(safetensors(given, metadata))["down_attn1_to_q"].up, plain * np.float32(2))
+
+
+def test_alpha_of_a_transformer_is_in_the_metadata_of_diffusers():
+    given = {key.replace("base_model.model", "transformer"): value for key, value in matrices(4).items()}
+    plain = parse(safetensors(given))["down_attn1_to_q"].up
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 99})}
+    assert np.array_equal(parse(safetensors(given, metadata))["down_attn1_to_q"].up, plain * np.float32(2))
+
+
+ORIGINAL = {
+    "double_blocks.3.img_attn.qkv": ("transformer_blocks_3_attn_to_", [("q", 0, 4), ("k", 4, 8), ("v", 8, 12)]),
+    "double_blocks.3.txt_attn.qkv": (
+        "transformer_blocks_3_attn_add_",
+        [("q_proj", 0, 4), ("k_proj", 4, 8), ("v_proj", 8, 12)],
+    ),
+    "double_blocks.0.txt_attn.proj": ("transformer_blocks_0_attn_", [("to_add_out", 0, 12)]),
+    "double_blocks.0.img_mlp.2": ("transformer_blocks_0_ff_", [("net_2", 0, 12)]),
+    "double_blocks.0.txt_mod.lin": ("transformer_blocks_0_", [("norm1_context_linear", 0, 12)]),
+    "single_blocks.17.linear1": (
+        "single_transformer_blocks_17_",
+        [("attn_to_q", 0, 2), ("attn_to_k", 2, 4), ("attn_to_v", 4, 6), ("proj_mlp", 6, 12)],
+    ),
+    "single_blocks.17.linear2": ("single_transformer_blocks_17_", [("proj_out", 0, 12)]),
+    "single_blocks.17.modulation.lin": ("single_transformer_blocks_17_", [("norm_linear", 0, 12)]),
+    "layers.2.attention.qkv": ("layers_2_attention_to_", [("q", 0, 4), ("k", 4, 8), ("v", 8, 12)]),
+    "context_refiner.0.attention.out": ("context_refiner_0_attention_", [("to_out_0", 0, 12)]),
+    "layers.2.attention.to_q": ("layers_2_attention_", [("to_q", 0, 12)]),
+}
+"""Layers of 2 inputs and 12 outputs as the authors of FLUX and Z-Image name them: those of diffusers, their outputs."""
+
+
+@pytest.mark.parametrize("layer", ORIGINAL)
+@pytest.mark.parametrize("is_kohya", [False, True], ids=["authors", "kohya"])
+def test_a_layer_of_the_authors_of_a_model_becomes_those_of_diffusers(layer, is_kohya):
+    rng = np.random.default_rng(4)
+    down, up = rng.standard_normal((3, 2)).astype(np.float32), rng.standard_normal((12, 3)).astype(np.float32)
+    if is_kohya:
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        given = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.array(6.0, "f")}
+    else:
+        given = {f"diffusion_model.{layer}.lora_{part}.weight": at for part, at in (("A", down), ("B", up))}
+    place, parts = ORIGINAL[layer]
+    found = parse(safetensors(given))
+    assert list(found) == [f"{place}{name}" for name, _, _ in parts]
+    for name, first, end in parts:
+        assert np.array_equal(found[f"{place}{name}"].down, down)
+        assert np.array_equal(found[f"{place}{name}"].up, up[first:end] * np.float32(2 if is_kohya else 1))
+
+
+def test_a_layer_under_both_names_is_refused():
+    given = matrices(2)
+    for name in ("layers.0.attention.qkv", "layers.0.attention.to_k"):
+        given |= {f"transformer.{name}.lora_{at}.weight": np.ones((3, 3), np.float32) for at in "AB"}
+    with pytest.raises(AdapterFileError, match="changes layers_0_attention_to_k twice"):
+        parse(safetensors(given))
 
 
 def test_half_and_bfloat16_are_read():

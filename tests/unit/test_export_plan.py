@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, CONTROL_INPUTS, IMAGE_PROMPT_INPUTS
 from safelight_server.cli.export import export as export_command
 from safelight_server.export import schedulers
 from safelight_server.export.plan import AdapterLayers, ExportFormat, ExportOptions, ExportPlan, draft, make
@@ -959,20 +960,20 @@ def test_the_options_of_z_image_are_judged(z_image: ZImageFolder) -> None:
     )
 
 
-@pytest.mark.parametrize("format", [ExportFormat.TORCH, ExportFormat.BOTH])
-def test_the_torch_runtime_takes_no_adapters(folder: Folder, format: ExportFormat) -> None:
-    assert "--adapter-rank 8: the torch runtime takes no adapters; use --format onnx" in fault(
-        folder(), adapter_rank=8, format=format
-    )
-    assert plan(folder(), adapter_rank=8).options.adapter_rank == 8
+@pytest.mark.parametrize("format", list(ExportFormat))
+def test_every_format_takes_adapters(folder: Folder, format: ExportFormat) -> None:
+    manifest = draft(plan(folder(), adapter_rank=8, format=format))
+    assert manifest["adapters"]["max_rank"] == 8
+    assert manifest["inputs"].items() >= ADAPTER_INPUTS.items()
 
 
 def test_adapters_change_the_blocks_unless_said_otherwise(folder: Folder) -> None:
     assert plan(folder(), adapter_rank=8).options.adapter_layers is AdapterLayers.BLOCKS
 
 
-def test_transformers_take_no_adapters(flux: FluxFolder) -> None:
-    assert "--adapter-rank 8: only UNets take adapters; leave it out" in fault(flux(), adapter_rank=8)
+def test_transformers_take_adapters(flux: FluxFolder, z_image: ZImageFolder) -> None:
+    for made in (plan(flux(), adapter_rank=8), plan(z_image(), adapter_rank=8, format=ExportFormat.TORCH)):
+        assert draft(made)["inputs"].items() >= ADAPTER_INPUTS.items()
 
 
 def control_folder(place: Path, **config: object) -> Path:
@@ -1031,9 +1032,6 @@ def test_a_control_network_that_does_not_fit_is_refused(
 def test_what_takes_no_control_networks_is_refused_by_name(folder: Folder, flux: FluxFolder, tmp_path: Path) -> None:
     edges = (("edges", control_folder(tmp_path / "edges")),)
     assert "--control edges: only UNets take control networks" in fault(flux(), controls=edges)
-    for format in (ExportFormat.TORCH, ExportFormat.BOTH):
-        what = "--control: the torch runtime takes no control networks; use --format onnx"
-        assert what in fault(folder(), controls=edges, format=format)
     assert "--control: has a name twice" in fault(folder(), controls=edges * 2)
     assert "--control: there are 9; at most 8 are taken" in fault(folder(), controls=edges * 9)
     assert "--control: String should match pattern" in fault(folder(), controls=(("Edges", edges[0][1]),))
@@ -1135,11 +1133,14 @@ def test_the_files_of_an_ip_adapter_are_judged(folder: Folder, tmp_path: Path) -
     assert "image_encoder/ is missing beside it" in fault(folder(), image_prompt=alone)
 
 
-@pytest.mark.parametrize("format", [ExportFormat.TORCH, ExportFormat.BOTH])
-def test_the_torch_runtime_takes_no_image_prompts(folder: Folder, tmp_path: Path, format: ExportFormat) -> None:
-    given = ip_adapter(tmp_path / "ip")
-    wanted = "--image-prompt: the torch runtime takes no image prompts; use --format onnx"
-    assert wanted in fault(folder(), image_prompt=given, format=format)
+@pytest.mark.parametrize("format", list(ExportFormat))
+def test_every_format_takes_control_networks_and_image_prompts(
+    folder: Folder, tmp_path: Path, format: ExportFormat
+) -> None:
+    edges = (("edges", control_folder(tmp_path / "edges")),)
+    made = plan(folder(), controls=edges, image_prompt=ip_adapter(tmp_path / "ip"), format=format)
+    assert draft(made)["inputs"].items() >= (CONTROL_INPUTS | IMAGE_PROMPT_INPUTS).items()
+    assert "image_encoder" in made.roles()
 
 
 def test_transformers_take_no_image_prompts(flux: FluxFolder, tmp_path: Path) -> None:

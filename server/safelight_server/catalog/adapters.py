@@ -18,14 +18,14 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
 
-from safelight_server.catalog import safetensors
+from safelight_server.catalog import original_names, safetensors
 from safelight_server.catalog.adapter_names import diffusers_name, plain_name
 from safelight_server.catalog.manifest import AdapterRoom
 from safelight_server.catalog.safetensors import SafetensorsError
@@ -42,8 +42,10 @@ PART = re.compile(
     r"(?P<layer>.+?)(\.lora_A(\.default)?|(\.lora[._]|_lora\.)down|\.lora_B(\.default)?|(\.lora[._]|_lora\.)up)\.weight"
 )
 DOWN = re.compile(r"\.lora_A(\.default)?\.weight$|(\.lora[._]|_lora\.)down\.weight$")
-PREFIXES = ("base_model.model.", "unet.", "lora_unet_")
-"""What stands before the name of a denoiser's layer: peft's, diffusers', kohya's."""
+PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "lora_unet_")
+"""What stands before the name of a denoiser's layer: peft's, diffusers', that of the models' authors, kohya's."""
+DENOISERS = ("unet.", "transformer.")
+"""What stands before the keys of a denoiser in the metadata of diffusers' files."""
 TEXT_ENCODERS = ("text_encoder", "lora_te")
 OTHER_KINDS = {
     ".lora_mid.": "a CP decomposition (LoCon with use_cp or use_tucker)",
@@ -163,7 +165,9 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
         raise AdapterFileError("has no layers")
     if len(halves) > len({plain_name(layer) for layer in halves}):
         raise AdapterFileError("has a layer under two names")
-    return {plain_name(layer): _low_rank(layer, found, alphas.get(layer), settings) for layer, found in halves.items()}
+    return _as_in_diffusers(
+        {plain_name(layer): _low_rank(layer, found, alphas.get(layer), settings) for layer, found in halves.items()}
+    )
 
 
 def _low_rank(
@@ -191,6 +195,18 @@ def _go_together(down: FloatArray, up: FloatArray) -> bool:
     return bool(down.size) and up.shape[1:] in ((len(down),), (len(down), 1, 1)) and down.shape[2:3] == down.shape[3:]
 
 
+def _as_in_diffusers(layers: Mapping[str, LowRankLayer]) -> dict[str, LowRankLayer]:
+    """The layers that diffusers has in place of those of a model's authors (`original_names`)."""
+    made: dict[str, LowRankLayer] = {}
+    for name, layer in layers.items():
+        _, inputs, outputs, _ = layer.shape
+        for at, part in original_names.diffusers_layers(name, inputs, outputs):
+            if at in made:
+                raise AdapterFileError(f"changes {at} twice, under two names")
+            made[at] = replace(layer, up=layer.up[part])
+    return made
+
+
 def _layer(key: str) -> str:
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
@@ -216,7 +232,8 @@ def _saved_config(metadata: Mapping[str, str]) -> str:
     saved = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     if not isinstance(saved, dict):
         raise ValueError
-    return json.dumps({key.removeprefix("unet."): value for key, value in saved.items() if key.startswith("unet.")})
+    own = {key: value for key, value in saved.items() if key.startswith(DENOISERS)}
+    return json.dumps({key.partition(".")[2]: value for key, value in own.items()})
 
 
 def packed(layers: Mapping[str, LowRankLayer], room: AdapterRoom) -> FloatArray:

@@ -1,6 +1,6 @@
 """Gives a denoiser room for adapters (LoRA, Hu et al. 2021): each row of a batch brings its own, as inputs.
 
-A target, which is a linear layer or a convolution, adds what
+The layers that trainers change, linear ones and convolutions, add what
 `catalog.manifest.AdapterRoom` says. A row is multiplied by its own matrices alone,
 so its bits do not depend on what other rows bring.
 """
@@ -8,25 +8,49 @@ so its bits do not depend on what other rows bring.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
+from safelight_server.catalog.manifest import AdapterRoom, AdapterTarget
 from safelight_server.export.plan import AdapterLayers
+from safelight_server.export.source import ExportError
 
 ATTENTION_PARTS = ("to_q", "to_k", "to_v", "to_out.0")
-"""What the training scripts of diffusers and peft change."""
+"""What the training scripts of diffusers and peft change in a UNet."""
 IMAGE_PROMPT_PARTS = ("to_k_ip", "to_v_ip")
 """The layers of an IP-Adapter (`ip_adapter.py`): no file of a LoRA has them."""
+TRANSFORMER_BLOCKS = (FluxTransformerBlock, FluxSingleTransformerBlock, JointTransformerBlock, ZImageTransformerBlock)
+TRANSFORMER_ATTENTION = re.compile(r"\.(attn2?|attention)\.")
+"""Stands in the names of the layers of a transformer's attention."""
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""What adapters add to a target's output: of its input, and the down parts, up parts and factors of the rows."""
 
 
 def target_names(denoiser: nn.Module, layers: AdapterLayers) -> list[str]:
-    """The names of the layers of a UNet that get room, in the order of the network."""
+    """The names of the layers that get room, in the order of the network.
+
+    Of a UNet all layers can have some; of a transformer the linear layers of its blocks, of which "attention" chooses.
+    """
+    blocks = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, TRANSFORMER_BLOCKS))
+    if not blocks:
+        return _of_unet(denoiser, layers)
+    found = [name for name, at in denoiser.named_modules() if isinstance(at, nn.Linear) and name.startswith(blocks)]
+    return [name for name in found if layers is not AdapterLayers.ATTENTION or TRANSFORMER_ATTENTION.search(name)]
+
+
+def _of_unet(denoiser: nn.Module, layers: AdapterLayers) -> list[str]:
     of_attention, of_blocks = set(), set()
     for name, module in denoiser.named_modules():
         if isinstance(module, Attention):
@@ -41,7 +65,7 @@ def target_names(denoiser: nn.Module, layers: AdapterLayers) -> list[str]:
     ]
 
 
-def _has_room(module: nn.Module) -> bool:
+def _has_room(module: nn.Module | None) -> bool:
     """Whether a layer is of a kind that adapters change. UNets of diffusers have no other convolutions."""
     if not isinstance(module, nn.Conv2d):
         return isinstance(module, nn.Linear)
@@ -49,26 +73,44 @@ def _has_room(module: nn.Module) -> bool:
     return is_plain and all(len(set(pair)) == 1 for pair in (module.kernel_size, module.stride, module.padding))
 
 
-class GivenAdapters:
-    """What the rows of the call under way bring. No module: torch must not take it for state of the network."""
+class GivenAdapters(threading.local):
+    """What the rows of the call under way bring. No module: torch must not take it for state of the network.
+
+    Each thread has its own, because the instances of the `torch` runtime share a network.
+    """
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
         self._pieces: tuple[Tensor, ...] = ()
         self._scales: Tensor | None = None
+        self._rows: Tensor | None = None
 
-    def begin(self, weights: Tensor, scales: Tensor) -> None:
-        """Takes the adapters of a call's rows: (B, R, Q) and (B, R)."""
+    def begin(self, weights: Tensor, scales: Tensor, rows: Tensor | None = None) -> None:
+        """Takes the adapters of a call's rows: (B, R, Q) and (B, R).
+
+        Args:
+            rows: (A,), the places in the batch of the rows that bring adapters, where there are not all of them; the
+                other arguments are of these rows alone.
+        """
         self._pieces, self._scales = weights.split(self._sizes, dim=2), scales.unsqueeze(1)
+        self._rows = rows
 
     def end(self) -> None:
         """Lets go of them."""
-        self._pieces, self._scales = (), None
+        self._pieces, self._scales, self._rows = (), None, None
 
-    def of(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of target `number`: down (B, R, inputs), up (B, R, outputs), and the scales (B, 1, R)."""
-        assert self._scales is not None, "see `given`"
-        return self._pieces[2 * number], self._pieces[2 * number + 1], self._scales
+    def add(self, number: int, x: Tensor, own: Tensor, product: Product) -> Tensor:
+        """What target `number` makes of its input x (B, ...), `own` (B, ...), and what adapters add to it.
+
+        A row that brings no adapter keeps its bits: nothing is added to it, and of a call without such rows nothing
+        computed.
+        """
+        if self._scales is None:
+            return own
+        down, up = self._pieces[2 * number], self._pieces[2 * number + 1]
+        if self._rows is None:
+            return own + product(x, down, up, self._scales)
+        return own.index_add_(0, self._rows, product(x[self._rows], down, up, self._scales))
 
 
 class AdaptedLinear(nn.Module):
@@ -83,10 +125,12 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, inputs) -> (B, T, outputs), or without T, as the timestep's embedding has none."""
         own: Tensor = self.base(x)
-        down, up, scales = self._given.of(self._number)
-        tokens = x if x.ndim == 3 else x.unsqueeze(1)
-        added = torch.matmul(torch.matmul(tokens, down.transpose(1, 2)) * scales, up)
-        return own + (added if x.ndim == 3 else added.squeeze(1))
+        return self._given.add(self._number, x, own, self._product)
+
+    def _product(self, x: Tensor, down: Tensor, up: Tensor, scales: Tensor) -> Tensor:
+        tokens = x.unsqueeze(1) if x.ndim == 2 else x
+        added = torch.matmul(_scaled(torch.matmul(tokens, down.transpose(1, 2)), scales), up)
+        return added.squeeze(1) if x.ndim == 2 else added
 
 
 class AdaptedConvolution(nn.Module):
@@ -101,13 +145,15 @@ class AdaptedConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, h, w) -> (B, outputs, h', w')."""
         own: Tensor = self.base(x)
-        down, up, scales = self._given.of(self._number)
+        return self._given.add(self._number, x, own, self._product)
+
+    def _product(self, x: Tensor, down: Tensor, up: Tensor, scales: Tensor) -> Tensor:
         rows, inputs, height, width = x.shape
         ranks = down.shape[1]
         of_places = torch.matmul(down.reshape(rows, -1, inputs), x.flatten(2))
         seen = self._gathered(of_places.reshape(rows, -1, height, width), ranks)
-        added = torch.matmul(up.transpose(1, 2), seen.flatten(2) * scales.transpose(1, 2))
-        return own + added.reshape(own.shape)
+        added = torch.matmul(up.transpose(1, 2), _scaled(seen.flatten(2), scales.transpose(1, 2)))
+        return added.unflatten(2, seen.shape[2:])
 
     def _gathered(self, of_places: Tensor, ranks: int) -> Tensor:
         """Adds up what each pixel gives to each place of the kernel: (B, R * k * k, h, w) -> (B, R, h', w').
@@ -124,6 +170,21 @@ class AdaptedConvolution(nn.Module):
         return functional.conv2d(of_places, moves, stride=stride, padding=padding, groups=ranks)
 
 
+def _scaled(products: Tensor, scales: Tensor) -> Tensor:
+    """Products times the factors of their ranks, in the type of the products; the factors are float32."""
+    scaled = products * scales
+    return scaled if scaled.dtype == products.dtype else scaled.to(products.dtype)
+
+
+def _layer(network: nn.Module, name: str) -> nn.Module | None:
+    """A layer that can have room; None where the network has no such."""
+    try:
+        found = network.get_submodule(name)
+    except AttributeError:
+        return None
+    return found if _has_room(found) else None
+
+
 class Adapters:
     """The targets of a denoiser, in which it is changed to take adapters.
 
@@ -132,10 +193,17 @@ class Adapters:
 
     Attributes:
         given: what a call's rows bring.
+
+    Raises:
+        ExportError: a name is no layer that adapters can change.
     """
 
     def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
-        found = [(name, denoiser.get_submodule(name)) for name in names]
+        found = []
+        for name in names:
+            if (layer := _layer(denoiser, name)) is None:
+                raise ExportError(f"adapters: {name} is no layer of the denoiser that adapters can change")
+            found.append((name, layer))
         self._targets = [_target(name, layer) for name, layer in found]
         self.given = GivenAdapters([size for target in self._targets for size in _sizes(target)])
         for number, (name, layer) in enumerate(found):
@@ -175,14 +243,43 @@ def _sizes(target: dict[str, Any]) -> tuple[int, int]:
     return target["inputs"] * target.get("kernel", 1) ** 2, target["outputs"]
 
 
+def fitting(denoiser: nn.Module, room: AdapterRoom) -> Adapters:
+    """A denoiser's targets as a manifest names them; the denoiser is changed.
+
+    Raises:
+        ExportError: the denoiser has other layers.
+    """
+    made = Adapters(denoiser, [target.name for target in room.targets])
+    own = AdapterRoom.model_validate(made.room(room.max_rank))
+    for target, layer in zip(room.targets, own.targets, strict=True):
+        if target != layer:
+            raise ExportError(
+                f"adapters: {target.name} is {_form(target)} in pipeline.json; it is {_form(layer)} in the denoiser"
+            )
+    return made
+
+
+def _form(target: AdapterTarget) -> str:
+    kernel = "" if target.kernel is None else f" by {target.kernel} x {target.kernel}"
+    return f"{target.inputs} to {target.outputs}{kernel}"
+
+
 @contextlib.contextmanager
-def given(adapters: Adapters | None, weights: Tensor | None, scales: Tensor | None) -> Iterator[None]:
-    """A block in which a denoiser is changed by the adapters of its call's rows; without room for them, by none."""
-    if adapters is None:
+def given(
+    adapters: Adapters | None, weights: Tensor | None, scales: Tensor | None, rows: Tensor | None = None
+) -> Iterator[None]:
+    """A block in which a denoiser is changed by the adapters of its call's rows.
+
+    Without room for them, or where no row brings any (`weights` is None), it is changed by none.
+
+    Args:
+        rows: as those of `GivenAdapters.begin`.
+    """
+    if adapters is None or weights is None:
         yield
         return
-    assert weights is not None and scales is not None
-    adapters.given.begin(weights, scales)
+    assert scales is not None
+    adapters.given.begin(weights, scales, rows)
     try:
         yield
     finally:

@@ -95,10 +95,11 @@ class DenoiserXL(nn.Module):
         image_prompt_scale: Tensor | None = None,
         mask: Tensor | None = None,
         masked_image: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
         with (
-            given(self.adapters, adapter_weights, adapter_scales),
+            given(self.adapters, adapter_weights, adapter_scales, adapter_rows),
             given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
         ):
             prediction: Tensor = self.model(
@@ -117,7 +118,8 @@ class Denoiser(nn.Module):
     A UNet that inpaints is given mask (B, 1, h, w) and masked_image (B, C, h, w) too.
 
     Args:
-        adapters: of `model`, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
+        adapters: of `model`, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too. With
+            adapter_rows (A,) int64 these are of the rows at A places in the batch alone, and no other row has any.
         image_prompts: of `model`, which then is given image_prompt_tokens (B, T, D) and image_prompt_scale (B,) too.
     """
 
@@ -142,9 +144,10 @@ class Denoiser(nn.Module):
         image_prompt_scale: Tensor | None = None,
         mask: Tensor | None = None,
         masked_image: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
     ) -> Tensor:
         with (
-            given(self.adapters, adapter_weights, adapter_scales),
+            given(self.adapters, adapter_weights, adapter_scales, adapter_rows),
             given_image(self.image_prompts, image_prompt_tokens, image_prompt_scale),
         ):
             prediction: Tensor = self.model(
@@ -221,20 +224,29 @@ class StableDiffusion3Denoiser(nn.Module):
 
     outputs = ("prediction",)
 
-    def __init__(self, model: SD3Transformer2DModel) -> None:
+    def __init__(self, model: SD3Transformer2DModel, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
     ) -> Tensor:
-        prediction: Tensor = self.model(
-            hidden_states=sample,
-            timestep=timestep,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            return_dict=False,
-        )[0]
+        with given(self.adapters, adapter_weights, adapter_scales, adapter_rows):
+            prediction: Tensor = self.model(
+                hidden_states=sample,
+                timestep=timestep,
+                encoder_hidden_states=encoder_hidden_states,
+                pooled_projections=pooled_projections,
+                return_dict=False,
+            )[0]
         return prediction
 
 
@@ -247,9 +259,10 @@ class FluxDenoiser(nn.Module):
 
     outputs = ("prediction",)
 
-    def __init__(self, model: FluxTransformer2DModel) -> None:
+    def __init__(self, model: FluxTransformer2DModel, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
 
     def forward(
         self,
@@ -258,6 +271,9 @@ class FluxDenoiser(nn.Module):
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
         guidance: Tensor | None = None,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
     ) -> Tensor:
         rows, channels, height, width = sample.shape
         down, across = height // FLUX_PATCH, width // FLUX_PATCH
@@ -265,16 +281,17 @@ class FluxDenoiser(nn.Module):
         packed = packed.reshape(rows, down * across, channels * FLUX_PATCH * FLUX_PATCH)
         of_row, of_column = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
         places = torch.stack([torch.zeros_like(of_row), of_row, of_column], dim=-1).reshape(down * across, 3)
-        predicted = self.model(
-            hidden_states=packed,
-            timestep=timestep / FLUX_TIMESTEPS,
-            guidance=guidance,
-            pooled_projections=pooled_projections,
-            encoder_hidden_states=encoder_hidden_states,
-            txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3),
-            img_ids=places.to(sample.dtype),
-            return_dict=False,
-        )[0]
+        with given(self.adapters, adapter_weights, adapter_scales, adapter_rows):
+            predicted = self.model(
+                hidden_states=packed,
+                timestep=timestep / FLUX_TIMESTEPS,
+                guidance=guidance,
+                pooled_projections=pooled_projections,
+                encoder_hidden_states=encoder_hidden_states,
+                txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3),
+                img_ids=places.to(sample.dtype),
+                return_dict=False,
+            )[0]
         predicted = predicted.reshape(rows, down, across, channels, FLUX_PATCH, FLUX_PATCH).permute(0, 3, 1, 4, 2, 5)
         prediction: Tensor = predicted.reshape(rows, channels, height, width)
         return prediction
@@ -314,17 +331,26 @@ class ZImageDenoiser(nn.Module):
 
     outputs = ("prediction",)
 
-    def __init__(self, model: ZImageTransformer2DModel) -> None:
+    def __init__(self, model: ZImageTransformer2DModel, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
     ) -> Tensor:
         lengths = (encoder_attention_mask > 0).sum(dim=1).tolist()
         prompts = [states[:length] for states, length in zip(encoder_hidden_states, lengths, strict=True)]
         times = (Z_IMAGE_TIMESTEPS - timestep) / Z_IMAGE_TIMESTEPS
-        predicted = self.model(list(sample.unsqueeze(2)), times, prompts, return_dict=False)[0]
+        with given(self.adapters, adapter_weights, adapter_scales, adapter_rows):
+            predicted = self.model(list(sample.unsqueeze(2)), times, prompts, return_dict=False)[0]
         return -torch.stack(predicted).squeeze(2)
 
 

@@ -3,12 +3,14 @@
 In the ONNX file of the denoiser a network is a branch of an `If`: without a row that
 uses it nothing of it is computed; else it is given those rows, and what it adds to
 all others is 0. So a row's bits do not depend on what the rows beside it use. The
-torch modules here compute the same for all rows, and are what the file is compared with.
+torch modules here do the same; the file is compared with them, and the `torch` runtime
+runs them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -53,11 +55,16 @@ class ControlNetwork(nn.Module):
             sample, timestep, encoder_hidden_states, control_image, added_cond_kwargs=added, return_dict=False
         )
         scale = control_scale[:, None, None, None]
+        if middle.dtype != scale.dtype:
+            scale = scale.to(middle.dtype)
         return tuple(residual * scale for residual in (*down, middle))
 
 
-class GivenResiduals:
-    """What is added in the call under way. No module: torch must not take it for state of the network."""
+class GivenResiduals(threading.local):
+    """What is added in the call under way. No module: torch must not take it for state of the network.
+
+    Each thread has its own, because the instances of the `torch` runtime share a network.
+    """
 
     def __init__(self) -> None:
         self.tensors: Sequence[Tensor] = ()
@@ -82,10 +89,11 @@ class ControllableUNet(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: object) -> tuple[Tensor, ...]:
         """As the UNet's."""
-        *down, middle = self._given.tensors
-        result: tuple[Tensor, ...] = self.unet(
-            *inputs, down_block_additional_residuals=tuple(down), mid_block_additional_residual=middle, **named
-        )
+        more: dict[str, object] = {}
+        if self._given.tensors:
+            *down, middle = self._given.tensors
+            more = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+        result: tuple[Tensor, ...] = self.unet(*inputs, **more, **named)
         return result
 
 
@@ -114,13 +122,18 @@ class ControlledDenoiser(nn.Module):
         return self.denoiser.adapters
 
     def forward(self, control_images: Tensor, control_scales: Tensor, **own: Tensor) -> Tensor:
-        """`own`: the inputs of the denoiser itself."""
+        """`own`: the inputs of the denoiser itself. A network runs for the rows whose scale is not 0."""
         sums: list[Tensor] = []
         for place, network in enumerate(self.networks):
-            image, scale = control_images[:, place], control_scales[:, place]
-            acts = (scale != 0)[:, None, None, None]
-            added = [torch.where(acts, tensor, 0.0) for tensor in network(**conditions(own, image, scale))]
-            sums = [sum_ + tensor for sum_, tensor in zip(sums, added, strict=True)] if sums else added
+            rows = control_scales[:, place].nonzero()[:, 0]
+            if not len(rows):
+                continue
+            given = {name: own[name][rows] for name in (*CONDITIONS, *ADDED_CONDITIONS) if name in own}
+            added = network(**conditions(given, control_images[rows, place], control_scales[rows, place]))
+            if not sums:
+                sums = [tensor.new_zeros(len(control_scales), *tensor.shape[1:]) for tensor in added]
+            for sum_, tensor in zip(sums, added, strict=True):
+                sum_.index_add_(0, rows, tensor)
         with self.given.held(sums):
             prediction: Tensor = self.denoiser(**own)
         return prediction

@@ -38,9 +38,9 @@ from transformers import Qwen3Model, T5EncoderModel
 
 from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
-from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, Manifest
-from safelight_server.export import controls, loading, manifest, memory, plan
-from safelight_server.export.adapters import Adapters, target_names
+from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, AdapterRoom, Manifest
+from safelight_server.export import controls, loading, manifest, memory, plan, torch_files
+from safelight_server.export.adapters import Adapters, fitting, target_names
 from safelight_server.export.components import (
     Decoder,
     Denoiser,
@@ -79,10 +79,6 @@ WRITTEN: Mapping[ExportFormat, tuple[WeightKind, ...]] = {
     ExportFormat.TORCH: ("torch",),
     ExportFormat.BOTH: ("onnx", "torch"),
 }
-TORCH_FOLDER = "torch"
-"""Beside the manifest: what the `torch` runtime loads."""
-BESIDE = ("preview_decoder", "encoder.npz")
-"""What belongs to the networks and is no part of a diffusers pipeline."""
 EXAMPLE_ROWS = len(EXAMPLES)
 
 
@@ -121,6 +117,11 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     pipeline_folder.mkdir(parents=True)
     report("checking the tokenizers")
     tokenizers = _write_tokenizers(pipeline, pipeline_folder)
+    torch_folder = pipeline_folder / torch_files.TORCH_FOLDER
+    if options.format is not ExportFormat.ONNX:
+        report("writing safetensors")
+        # Before layers are changed to take adapters and image prompts, which renames weights.
+        torch_files.write(pipeline, made, torch_folder)
     components = _components(pipeline, made)
     adapters = _adapters_of(components["denoiser"])
     for module in components.values():
@@ -128,10 +129,6 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         if isinstance(module, ImagePromptEncoder):
             module.prepare()
     (staged / "repository").mkdir()
-    torch_folder = pipeline_folder / TORCH_FOLDER
-    if options.format is not ExportFormat.ONNX:
-        report("writing safetensors")
-        _write_torch(pipeline, made, torch_folder)
     bound = {}
     for number, (role, module) in enumerate(components.items(), 1):
         report(f"{role} ({number} of {len(components)}): {_count(module):,} weights")
@@ -144,7 +141,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         **tokenizers,
         "linear_preview": manifest.linear_preview(made, folder / "linear_preview.npz", components["decoder"]),
         **manifest.prompts(folder / "prompts.json"),
-        **({} if options.format is ExportFormat.ONNX else {"torch": {"files": _digests(torch_folder)}}),
+        **({} if options.format is ExportFormat.ONNX else {"torch": {"files": torch_files.digests(torch_folder)}}),
         **({} if adapters is None else {"adapters": adapters.room(made.options.adapter_rank)}),
     }
     (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
@@ -178,11 +175,17 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
     return made
 
 
-def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
+def _components(pipeline: DiffusionPipeline, made: ExportPlan, room: AdapterRoom | None = None) -> dict[str, nn.Module]:
+    """The components by role.
+
+    Args:
+        room: the targets of adapters, where a manifest has them; None: all layers that adapters can change.
+    """
     prompts = None if made.image_prompt is None else ImagePrompts(pipeline.unet, made.image_prompt)
-    adapters = None
+    adapters, network = None, getattr(pipeline, made.source.family.denoiser)
     if made.options.adapter_rank:
-        adapters = Adapters(pipeline.unet, target_names(pipeline.unet, made.options.adapter_layers))
+        names = target_names(network, made.options.adapter_layers)
+        adapters = Adapters(network, names) if room is None else fitting(network, room)
     components: dict[str, nn.Module] = {
         "text_encoder": text_encoder_of(pipeline),
         "denoiser": denoiser_of(pipeline, adapters, prompts),
@@ -207,44 +210,22 @@ def load_components(folder: Path, given: Manifest) -> dict[str, nn.Module]:
         folder: `torch/` beside the manifest `given`.
 
     Raises:
-        ExportError: the folder cannot be read.
+        ExportError: the folder cannot be read, or the denoiser lacks layers that adapters change.
     """
-    sizes = tuple((size.width_px, size.height_px) for size in given.sizes)
-    sampler = given.defaults.sampler.name
-    options = ExportOptions(given.name, licence=given.license, sizes=sizes, sampler=sampler, format=ExportFormat.TORCH)
-    made = plan.make(folder, options)
+    made = plan.make(folder, torch_files.options_of(folder, given))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", module="torch|copyreg")
-        components = _components(loading.load(made), made)
+        components = _components(loading.load(made), made, given.adapters)
         for module in components.values():
             round_weights(module.eval().requires_grad_(False))
+            if isinstance(module, ImagePromptEncoder):
+                module.prepare()
     return components
 
 
-def _write_torch(pipeline: DiffusionPipeline, made: ExportPlan, folder: Path) -> None:
-    """Writes the pipeline as diffusers saves it, in float16, which the weights were rounded to."""
-    networks = [getattr(pipeline, name) for name in made.source.family.networks]
-    for network in networks:
-        network.half()
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for network in networks:
-        network.float()
-    for name in BESIDE:
-        given = made.source.folder / name
-        if given.is_dir():
-            shutil.copytree(given, folder / name)
-        elif given.exists():
-            shutil.copy(given, folder / name)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by path."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
-
-
 def _adapters_of(module: nn.Module) -> Adapters | None:
-    return module.adapters if isinstance(module, Denoiser | DenoiserXL | ControlledDenoiser) else None
+    found: Adapters | None = getattr(module, "adapters", None)
+    return found
 
 
 def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
@@ -265,13 +246,13 @@ def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
 def denoiser_of(
     pipeline: DiffusionPipeline, adapters: Adapters | None = None, prompts: ImagePrompts | None = None
 ) -> nn.Module:
-    """The denoiser of a pipeline; `adapters`, `prompts`: with room for them, where it has a UNet."""
+    """The denoiser of a pipeline; `adapters`, `prompts`: with room for them, the latter where it has a UNet."""
     if isinstance(pipeline, FluxPipeline):
-        return FluxDenoiser(pipeline.transformer)
+        return FluxDenoiser(pipeline.transformer, adapters)
     if isinstance(pipeline, StableDiffusion3Pipeline):
-        return StableDiffusion3Denoiser(pipeline.transformer)
+        return StableDiffusion3Denoiser(pipeline.transformer, adapters)
     if isinstance(pipeline, ZImagePipeline):
-        return ZImageDenoiser(pipeline.transformer)
+        return ZImageDenoiser(pipeline.transformer, adapters)
     is_sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
     return (DenoiserXL if is_sdxl else Denoiser)(pipeline.unet, adapters, prompts)
 
@@ -311,6 +292,13 @@ def _export_component(
     version = made.options.version
     sizes = made.latent_sizes if role not in ("text_encoder", IMAGE_ENCODER) else made.latent_sizes[:1]
     examples = [example_inputs(role, pipeline, made, size) for size in sizes]
+    adapters = _adapters_of(module)
+    if adapters is not None:
+        own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
+        examples = [{**example, **own} for example in examples]
+        report(f"{place.name}: room for adapters takes {4 * own['adapter_weights'][0].numel() / 2**20:.1f} MiB a row")
+    if isinstance(module, ControlledDenoiser):
+        examples = [module.examples(example, made.factor) for example in examples]
     if made.options.format is not ExportFormat.ONNX:
         file = torch_folder / "configs" / f"{role}.pbtxt"
         file.parent.mkdir(exist_ok=True)
@@ -319,16 +307,10 @@ def _export_component(
         row_bytes = memory.torch_row_bytes(module, max(examples, key=num_values))
         report(f"{place.name}: {row_bytes / 2**20:.1f} MiB a row")
         return {"model": place.name, "version": version, "sha256": "", "row_bytes": row_bytes}
-    adapters = _adapters_of(module)
-    if adapters is not None:
-        own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
-        examples = [{**example, **own} for example in examples]
-        report(f"{place.name}: room for adapters takes {4 * own['adapter_weights'][0].numel() / 2**20:.1f} MiB a row")
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     compared = examples
     if isinstance(module, ControlledDenoiser):
-        examples = [module.examples(example, made.factor) for example in examples]
         compared = [*examples, *controls.idle(examples[0])]
         data = controls.write_controlled(module, examples, target, multiple)
     else:

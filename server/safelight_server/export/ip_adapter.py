@@ -8,6 +8,7 @@ is 0 has the bits of the UNet without it, whatever other rows bring.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -42,9 +43,9 @@ class ImagePromptEncoder(nn.Module):
         self._negative: Tensor | None = None
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self._tokens(((image + 1) / 2 - self._mean) / self._std)
+        tokens = self._tokens(((image + 1) / 2 - _like(self._mean, image)) / _like(self._std, image))
         assert self._negative is not None, "see `prepare`"
-        return tokens, self._negative.expand(tokens.shape[0], -1, -1)
+        return tokens, _like(self._negative, tokens).expand(tokens.shape[0], -1, -1)
 
     def prepare(self) -> None:
         """Computes the negative tokens, once the weights are those that are exported."""
@@ -63,8 +64,11 @@ class ImagePromptEncoder(nn.Module):
         return tokens
 
 
-class GivenImagePrompts:
-    """What the rows of the call under way bring. No module: torch must not take it for state of the network."""
+class GivenImagePrompts(threading.local):
+    """What the rows of the call under way bring. No module: torch must not take it for state of the network.
+
+    Each thread has its own, because the instances of the `torch` runtime share a network.
+    """
 
     def __init__(self) -> None:
         self.tokens: Tensor | None = None
@@ -101,11 +105,17 @@ class ImagePromptAttention:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
         of_text = _attend(query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states), attn.heads)
         of_image = _attend(query, attn.to_k_ip(tokens), attn.to_v_ip(tokens), attn.heads)
-        found = attn.to_out[0](of_text + scale[:, None, None] * of_image)
+        found = attn.to_out[0](of_text + _like(scale[:, None, None] * of_image, of_text))
         if attn.residual_connection:
             found = found + residual
         result: Tensor = found / attn.rescale_output_factor
         return result
+
+
+def _like(given: Tensor, other: Tensor) -> Tensor:
+    """A tensor on the device and of the dtype of another one; the same one where it is."""
+    alike = given.dtype == other.dtype and given.device == other.device
+    return given if alike else given.to(other.device, other.dtype)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -161,7 +171,7 @@ class ImagePrompts:
                 f"{OPTION} {source.weights.name}: is for {len(state['ip_adapter']) // 2} layers of cross-attention, and"
                 f" the UNet has {layers}: it belongs to another base model"
             )
-        self.encoder = ImagePromptEncoder(_image_encoder(source), projection).eval()
+        self.encoder = ImagePromptEncoder(image_encoder_of(source), projection).eval()
 
 
 @contextlib.contextmanager
@@ -177,7 +187,12 @@ def given_image(prompts: ImagePrompts | None, tokens: Tensor | None, scale: Tens
         prompts.given.tokens = prompts.given.scale = None
 
 
-def _image_encoder(source: ImagePromptSource) -> CLIPVisionModelWithProjection:
+def image_encoder_of(source: ImagePromptSource) -> CLIPVisionModelWithProjection:
+    """The image encoder of an IP-Adapter, on the CPU in float32.
+
+    Raises:
+        ExportError: its files lack weights.
+    """
     model, found = CLIPVisionModelWithProjection.from_pretrained(
         source.encoder, local_files_only=True, dtype=torch.float32, output_loading_info=True
     )

@@ -46,7 +46,7 @@ def row_bytes(model: Path, example: Mapping[str, Any]) -> int:
 
 
 def torch_row_bytes(module: Any, example: Mapping[str, Any]) -> int:
-    """Like `row_bytes`, of a torch module in this process, on the CPU in float32."""
+    """Like `row_bytes`, of a torch module in this process, on the CPU in float32; at least what a row's inputs take."""
     peaks = []
     for rows in (FEW, FEW, MANY):  # the first call also fills caches
         batch = {name: tensor[[0] * rows] for name, tensor in example.items()}
@@ -56,7 +56,8 @@ def torch_row_bytes(module: Any, example: Mapping[str, Any]) -> int:
             return 0
         module(**batch)
         peaks.append(_peak_bytes())
-    return notch(max(0, peaks[2] - peaks[1]) // (MANY - FEW))
+    brought = sum(tensor[0].numel() * tensor.element_size() for tensor in example.values())
+    return notch(max(brought, (peaks[2] - peaks[1]) // (MANY - FEW)))
 
 
 def notch(num_bytes: int) -> int:

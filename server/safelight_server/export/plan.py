@@ -233,12 +233,6 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         findings.faults.append(
             f"--adapter-rank {options.adapter_rank}: must be from 0 (no adapters) to {MAX_ADAPTER_RANK}"
         )
-    if options.adapter_rank and options.format is not ExportFormat.ONNX:
-        findings.faults.append(
-            f"--adapter-rank {options.adapter_rank}: the torch runtime takes no adapters; use --format onnx"
-        )
-    if options.adapter_rank and source.family.denoiser == "transformer":
-        findings.faults.append(f"--adapter-rank {options.adapter_rank}: only UNets take adapters; leave it out")
     if source.family.is_torch_alone and options.format is not ExportFormat.TORCH:
         findings.faults.append(
             f"--format {options.format}: this denoiser computes with complex numbers, which ONNX cannot express; use"
@@ -247,7 +241,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     found |= _controls(source, factor, options, checkpoint is None, findings)
     image_prompt = None
     if options.image_prompt is not None:
-        image_prompt = _image_prompt(options.image_prompt, source, options.format, findings)
+        image_prompt = _image_prompt(options.image_prompt, source, findings)
     if image_prompt is not None:
         found = {**found, IMAGE_ENCODER: image_prompt.num_values} if found else {}
     licence = options.licence or source.licence
@@ -378,12 +372,9 @@ def _option(place: str) -> str:
     return OPTION_OF.get(place, OPTION_OF.get(place.partition(".")[0], place))
 
 
-def _image_prompt(given: Path, source: Source, format: ExportFormat, findings: Findings) -> ImagePromptSource | None:
-    option = image_prompts.OPTION
-    if format is not ExportFormat.ONNX:
-        findings.faults.append(f"{option}: the torch runtime takes no image prompts; use --format onnx")
+def _image_prompt(given: Path, source: Source, findings: Findings) -> ImagePromptSource | None:
     if source.family.denoiser == "transformer":
-        findings.faults.append(f"{option}: only UNets take image prompts; leave it out")
+        findings.faults.append(f"{image_prompts.OPTION}: only UNets take image prompts; leave it out")
         return None
     return image_prompts.judge(given, source, findings)
 
@@ -430,8 +421,6 @@ def _controls(
         The numbers in the weights of each, by option.
     """
     found = {}
-    if options.controls and options.format is not ExportFormat.ONNX:
-        findings.faults.append("--control: the torch runtime takes no control networks; use --format onnx")
     if len(options.controls) > MAX_CONTROLS:
         findings.faults.append(f"--control: there are {len(options.controls)}; at most {MAX_CONTROLS} are taken")
     for name, folder in options.controls[:MAX_CONTROLS]:

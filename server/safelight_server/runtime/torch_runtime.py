@@ -34,12 +34,20 @@ from torch import Tensor, nn
 from safelight_server.catalog import config_pbtxt
 from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
 from safelight_server.catalog.config_pbtxt import ConfigError
-from safelight_server.catalog.manifest import ENCODER_SOURCE, INPAINTING_INPUTS, LATENT_SOURCE
+from safelight_server.catalog.manifest import (
+    ADAPTER_WEIGHTS_SOURCE,
+    CONTROL_IMAGES_SOURCE,
+    ENCODER_SOURCE,
+    IMAGE_PROMPT_TOKENS_SOURCE,
+    INPAINTING_INPUTS,
+    LATENT_SOURCE,
+)
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.export.exporter import computed_buffers, load_components
 from safelight_server.export.source import ExportError
 from safelight_server.runtime import cores, memory, verification
+from safelight_server.runtime.acting_rows import of_acting_rows
 from safelight_server.runtime.base import (
     CostCurve,
     FaultOrigin,
@@ -48,6 +56,7 @@ from safelight_server.runtime.base import (
     RuntimeStartError,
     StableRows,
 )
+from safelight_server.runtime.device_rows import DeviceRows
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.verification import InputSpec
 
@@ -60,11 +69,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(slots=True, eq=False)
 class _Instance:
-    """A thread that makes calls on a device, on a GPU in a stream of its own."""
+    """A thread that makes calls on a device, on a GPU in a stream of its own, with the rows that stay there."""
 
     device: torch.device
     thread: ThreadPoolExecutor
     stream: Any = None
+    rows: DeviceRows = field(default_factory=DeviceRows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,8 +195,10 @@ class TorchRuntime:
         specs = [InputSpec(name, shape, name in config.ids) for name, shape in config.rows.items()]
         inputs = verification.at_sizes(specs, pipeline)
         bound = pipeline.max_rows.get(component, verification.WARM_UP_ROWS[-1])
+        device, room = self._devices[0], pipeline.manifest.adapters
         row_bytes = pipeline.manifest.components[component].row_bytes
-        device = self._devices[0]
+        if row_bytes and device.type == "cuda" and component is Component.DENOISER and room is not None:
+            row_bytes += 4 * room.max_rank * room.width  # of adapters there is a row in the call, and one that stays
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         sharing = -(-self.num_instances // len(self._devices))
         bound = memory.bound_rows(bound, row_bytes, sharing, free)
@@ -251,6 +263,7 @@ class TorchRuntime:
         self._changed = lambda: None
         for instance in self._instances:
             await asyncio.to_thread(instance.thread.shutdown)
+            instance.rows.clear()
         self._networks.clear()
 
 
@@ -321,17 +334,24 @@ def _halved(pipeline: Pipeline, component: Component) -> frozenset[str]:
     if component is not Component.DENOISER:
         return frozenset({"latent", "image"})
     sources = pipeline.manifest.inputs.items()
-    latents = (LATENT_SOURCE, *INPAINTING_INPUTS.values())
-    return frozenset(name for name, at in sources if at in latents or at.startswith(ENCODER_SOURCE))
+    features = (
+        LATENT_SOURCE,
+        *INPAINTING_INPUTS.values(),
+        ADAPTER_WEIGHTS_SOURCE,
+        CONTROL_IMAGES_SOURCE,
+        IMAGE_PROMPT_TOKENS_SOURCE,
+    )
+    return frozenset(name for name, at in sources if at in features or at.startswith(ENCODER_SOURCE))
 
 
 def _call(instance: _Instance, network: _Network, inputs: Inputs) -> dict[str, FloatArray]:
     """Runs a batch; on the instance's thread."""
     try:
         with torch.inference_mode():
+            given = of_acting_rows(inputs)
             if instance.stream is None:
-                return _on_cpu(network, network.modules[instance.device], inputs)
-            return _on_gpu(instance, network, inputs)
+                return _on_cpu(network, network.modules[instance.device], given)
+            return _on_gpu(instance, network, given)
     except torch.OutOfMemoryError as error:
         raise RuntimeFailure(_first_line(error), retryable=True) from error
     except getattr(torch, "AcceleratorError", torch.OutOfMemoryError) as error:
@@ -354,9 +374,12 @@ def _on_gpu(instance: _Instance, network: _Network, inputs: Inputs) -> dict[str,
     with torch.cuda.stream(instance.stream):
         feed = {}
         for name, rows in inputs.items():
-            given = torch.from_numpy(_array(rows)).pin_memory().to(instance.device, non_blocking=True)
-            feed[name] = _cast(network, name, given)
-            if given.ndim == 4:
+            upload = functools.partial(_uploaded, instance.device, network, name)
+            if isinstance(rows, StableRows):
+                feed[name] = instance.rows.batch((network, name), rows, upload)
+            else:
+                feed[name] = upload(_array(rows))
+            if feed[name].ndim == 4:
                 feed[name] = feed[name].contiguous(memory_format=torch.channels_last)
         found = {}
         for name, result in zip(network.outputs, _tuple(network.modules[instance.device](**feed)), strict=True):
@@ -365,6 +388,10 @@ def _on_gpu(instance: _Instance, network: _Network, inputs: Inputs) -> dict[str,
             found[name].copy_(whole, non_blocking=True)
         instance.stream.synchronize()
     return {name: np.array(tensor.numpy()) for name, tensor in found.items()}  # a copy: pinned memory is dear
+
+
+def _uploaded(device: torch.device, network: _Network, name: str, array: Array) -> Tensor:
+    return _cast(network, name, torch.from_numpy(array).pin_memory().to(device, non_blocking=True))
 
 
 def _array(rows: Array | StableRows) -> Array:
