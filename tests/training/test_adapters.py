@@ -14,7 +14,7 @@ from safelight import Client
 from safelight_server.app.server import serving
 from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.export.adapters import Adapters
+from safelight_server.export.adapters import Adapters, target_names
 from safelight_server.export.components import Denoiser
 from safelight_server.export.exporter import export, round_weights
 from safelight_server.export.onnx_file import write_onnx
@@ -100,7 +100,7 @@ def batch(models: Path) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndar
     """The exported denoiser and a batch of it, whose rows have different adapters."""
     rng, rows = np.random.default_rng(3), len(MIXED)
     unet = theirs(models).unet
-    adapters = Adapters(unet)
+    adapters = Adapters(unet, target_names(unet))
     denoiser = Denoiser(unet, adapters).eval()
     room = AdapterRoom.model_validate(adapters.room(ROOM))
     library = AdapterLibrary(models / "trained", {"tiny": room})

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safelight_server.catalog import adapters
 from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.export.adapters import Adapters
+from safelight_server.export.adapters import Adapters, target_names
 
 from training import checkpoint, classifier, evaluate, lora, parallel, style
 from training.evaluate import find_manifest
@@ -113,7 +113,7 @@ def test_two_processes_learn_what_one_learns(icons: Path, plain: Path, tmp_path:
 def test_the_server_takes_what_was_trained(icons: Path, plain: Path) -> None:
     [file] = (plain / NAME).glob("*.safetensors")
     unet = StableDiffusionPipeline.from_pretrained(icons, safety_checker=None).unet
-    room = AdapterRoom.model_validate(Adapters(unet).room(8))
+    room = AdapterRoom.model_validate(Adapters(unet, target_names(unet)).room(8))
     for folder in (plain, MODELS / "adapters"):
         offered = adapters.AdapterLibrary(folder, {"icons": room}).of("icons")
         assert offered[NAME].rank == LORA.rank, folder

@@ -52,6 +52,13 @@ def export(
     adapter_rank: Annotated[
         int, typer.Option(help="Room for adapters (LoRA) in each row: their ranks together. 0: none.")
     ] = 0,
+    text_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--text-adapters/--no-text-adapters",
+            help="With --adapter-rank: room in the text encoders too, for adapters that change them.",
+        ),
+    ] = True,
     control: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="Control network (ControlNet) of diffusers; may be repeated."),
@@ -106,6 +113,7 @@ def export(
         config=config,
         format=format,
         adapter_rank=adapter_rank,
+        text_adapters=text_adapters,
         controls=_controls(control or ()),
         image_prompt=image_prompt,
     )
@@ -209,7 +217,8 @@ def _summary(planned: ExportPlan) -> list[str]:
             f" of {planned.source.pipeline_class}; --steps and --guidance-scale give others"
         )
     if options.adapter_rank:
-        lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
+        also = ", also in the text encoders" if planned.has_text_adapters else ""
+        lines.append(f"    room for adapters of rank {options.adapter_rank} in each row{also}")
     if options.controls:
         lines.append(f"    control networks {', '.join(name for name, _ in options.controls)}")
     if (prompt := planned.image_prompt) is not None:

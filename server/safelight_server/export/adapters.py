@@ -1,4 +1,4 @@
-"""Gives a denoiser room for adapters (LoRA, Hu et al. 2021): each row of a batch brings its own, as inputs.
+"""Gives a network room for adapters (LoRA, Hu et al. 2021): each row of a batch brings its own, as inputs.
 
 The attention's linear layers (`to_q`, `to_k`, `to_v`, `to_out.0`, the targets of
 diffusers' and peft's training scripts) add what `catalog.manifest.AdapterRoom`
@@ -9,7 +9,7 @@ what other rows bring.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,25 +56,30 @@ class AdaptedLinear(nn.Module):
         return own + self._given.add(self._number, x)
 
 
+def target_names(denoiser: nn.Module) -> list[str]:
+    """The names of the layers of a UNet that get room."""
+    return [
+        f"{name}.{part}" for name, module in denoiser.named_modules() if isinstance(module, Attention) for part in PARTS
+    ]
+
+
 class Adapters:
-    """The targets of a denoiser, in which it is changed to take adapters.
+    """The targets of a network, in which it is changed to take adapters.
+
+    Args:
+        names: of the layers; the order is that of their numbers.
 
     Attributes:
         given: what a call's rows bring.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        found = [
-            (f"{name}.{part}", module.get_submodule(part))
-            for name, module in denoiser.named_modules()
-            if isinstance(module, Attention)
-            for part in PARTS
-        ]
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        found = [(name, network.get_submodule(name)) for name in names]
         self._targets = [(name, layer.in_features, layer.out_features) for name, layer in found]
         self.given = GivenAdapters([size for _, *sizes in self._targets for size in sizes])
         for number, (name, layer) in enumerate(found):
             parent, _, last = name.rpartition(".")
-            setattr(denoiser.get_submodule(parent), last, AdaptedLinear(layer, self.given, number))
+            setattr(network.get_submodule(parent), last, AdaptedLinear(layer, self.given, number))
 
     def room(self, max_rank: int) -> dict[str, Any]:
         """What the manifest says of them (`AdapterRoom`)."""
@@ -97,7 +102,7 @@ class Adapters:
 
 @contextlib.contextmanager
 def given(adapters: Adapters | None, weights: Tensor | None, scales: Tensor | None) -> Iterator[None]:
-    """A block in which a denoiser is changed by the adapters of its call's rows; without room for them, by none."""
+    """A block in which a network is changed by the adapters of its call's rows; without room for them, by none."""
     if adapters is None:
         yield
         return

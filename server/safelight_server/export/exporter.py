@@ -40,7 +40,7 @@ from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pip
 from safelight_server.catalog.digest import sha256
 from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, Manifest
 from safelight_server.export import controls, loading, manifest, memory, plan
-from safelight_server.export.adapters import Adapters
+from safelight_server.export.adapters import Adapters, target_names
 from safelight_server.export.components import (
     Decoder,
     Denoiser,
@@ -65,6 +65,7 @@ from safelight_server.export.onnx_file import check_parity, num_values, write_on
 from safelight_server.export.plan import ROLES, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.repository import write_config
 from safelight_server.export.source import FAMILIES, ExportError
+from safelight_server.export.text_adapters import text_adapters_of, text_room
 
 Report = Callable[[str], None]
 ENDS = ("", "_2", "_3")
@@ -122,7 +123,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     report("checking the tokenizers")
     tokenizers = _write_tokenizers(pipeline, pipeline_folder)
     components = _components(pipeline, made)
-    adapters = _adapters_of(components["denoiser"])
+    adapters, of_text = _adapters_of(components["denoiser"]), _adapters_of(components["text_encoder"])
     for module in components.values():
         round_weights(module.eval())
         if isinstance(module, ImagePromptEncoder):
@@ -146,6 +147,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         **manifest.prompts(folder / "prompts.json"),
         **({} if options.format is ExportFormat.ONNX else {"torch": {"files": _digests(torch_folder)}}),
         **({} if adapters is None else {"adapters": adapters.room(made.options.adapter_rank)}),
+        **({} if of_text is None else {"text_adapters": text_room(of_text, made.options.adapter_rank)}),
     }
     (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
     if (folder / "training.json").exists():
@@ -180,9 +182,10 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
 
 def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
     prompts = None if made.image_prompt is None else ImagePrompts(pipeline.unet, made.image_prompt)
-    adapters = Adapters(pipeline.unet) if made.options.adapter_rank else None
+    adapters = Adapters(pipeline.unet, target_names(pipeline.unet)) if made.options.adapter_rank else None
+    of_text = text_adapters_of(pipeline) if made.has_text_adapters else None
     components: dict[str, nn.Module] = {
-        "text_encoder": text_encoder_of(pipeline),
+        "text_encoder": text_encoder_of(pipeline, of_text),
         "denoiser": denoiser_of(pipeline, adapters, prompts),
         "decoder": decoder_of(pipeline.vae),
     }
@@ -242,11 +245,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _adapters_of(module: nn.Module) -> Adapters | None:
-    return module.adapters if isinstance(module, Denoiser | DenoiserXL | ControlledDenoiser) else None
+    kinds = TextEncoder | TextEncoders | Denoiser | DenoiserXL | ControlledDenoiser
+    return module.adapters if isinstance(module, kinds) else None
 
 
-def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """The text encoder of a pipeline, or all of them."""
+def text_encoder_of(pipeline: DiffusionPipeline, adapters: Adapters | None = None) -> nn.Module:
+    """The text encoder of a pipeline, or all of them; `adapters`: with room for them, where it has a UNet."""
     first, clip_tokens = pipeline.text_encoder, max_tokens(pipeline, pipeline.tokenizer, pipeline.text_encoder)
     if isinstance(pipeline, FluxPipeline):
         return FluxTextEncoders(first, pipeline.text_encoder_2, clip_tokens)
@@ -255,9 +259,9 @@ def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
     if isinstance(pipeline, ZImagePipeline):
         return ZImageTextEncoder(first, pipeline.tokenizer.pad_token_id)
     if not isinstance(pipeline, StableDiffusionXLPipeline):
-        return TextEncoder(first)
+        return TextEncoder(first, adapters)
     empty_ids = token_ids(pipeline, [""])[0] if pipeline.config.force_zeros_for_empty_prompt else None
-    return TextEncoders(first, pipeline.text_encoder_2, empty_ids)
+    return TextEncoders(first, pipeline.text_encoder_2, empty_ids, adapters)
 
 
 def denoiser_of(

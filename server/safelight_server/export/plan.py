@@ -47,6 +47,8 @@ MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
 MAX_ADAPTER_RANK = 256
 """Largest room for adapters: each row of a call brings so many ranks, used or not."""
+TEXT_TARGETS = [{"name": "text_encoder", "inputs": 1, "outputs": 1}]
+"""A placeholder of what adapters can change in the text encoders."""
 MAX_CONTROLS = 8
 """Most control networks of a model: each row of a call brings a picture for each, used or not."""
 MAX_GUIDANCE_SCALE = 20.0
@@ -95,6 +97,7 @@ class ExportOptions:
         config: for a checkpoint in one file, a diffusers folder of the same architecture.
         format: which files are written.
         adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
+        text_adapters: whether the text encoders get that room too.
         controls: control networks, each with its name and its folder.
         image_prompt: the weights of an IP-Adapter, or their folder; None: no image prompts.
     """
@@ -114,6 +117,7 @@ class ExportOptions:
     config: Path | None = None
     format: ExportFormat = ExportFormat.ONNX
     adapter_rank: int = 0
+    text_adapters: bool = True
     controls: tuple[tuple[str, Path], ...] = ()
     image_prompt: Path | None = None
 
@@ -171,6 +175,12 @@ class ExportPlan:
         return networks.is_inpainting(self.source)
 
     @property
+    def has_text_adapters(self) -> bool:
+        """Whether the text encoders get room for adapters, which the torch runtime does not know."""
+        options = self.options
+        return options.adapter_rank > 0 and options.text_adapters and options.format is ExportFormat.ONNX
+
+    @property
     def peak_bytes(self) -> int:
         """Memory that exporting takes, reckoned; 0 where the headers do not say how many weights there are.
 
@@ -223,6 +233,8 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         findings.faults.append(
             f"--adapter-rank {options.adapter_rank}: must be from 0 (no adapters) to {MAX_ADAPTER_RANK}"
         )
+    if not options.text_adapters and not options.adapter_rank:
+        findings.faults.append("--no-text-adapters: goes with --adapter-rank; leave it out")
     if options.adapter_rank and options.format is not ExportFormat.ONNX:
         findings.faults.append(
             f"--adapter-rank {options.adapter_rank}: the torch runtime takes no adapters; use --format onnx"
@@ -338,6 +350,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
             "max_outputs": MAX_OUTPUTS,
         },
         **({"adapters": room} if options.adapter_rank else {}),
+        **({"text_adapters": {**room, "targets": TEXT_TARGETS}} if plan.has_text_adapters else {}),
         **({"controls": [name for name, _ in options.controls]} if options.controls else {}),
         **({} if plan.image_prompt is None else {"image_prompt": plan.image_prompt.room}),
         "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},
