@@ -967,6 +967,15 @@ def test_the_torch_runtime_takes_no_adapters(folder: Folder, format: ExportForma
     assert plan(folder(), adapter_rank=8).options.adapter_rank == 8
 
 
+def test_text_encoders_get_room_for_adapters_too_unless_they_are_left_out(folder: Folder) -> None:
+    roomy, plain = plan(folder(), adapter_rank=8), plan(folder(), adapter_rank=8, text_adapters=False)
+    assert "text_adapters" in draft(roomy)
+    assert "text_adapters" not in draft(plain)
+    assert draft(plain)["adapters"] == draft(roomy)["adapters"]
+    assert "text_adapters" not in draft(plan(folder()))
+    assert "--no-text-adapters: goes with --adapter-rank; leave it out" in fault(folder(), text_adapters=False)
+
+
 def test_transformers_take_no_adapters(flux: FluxFolder) -> None:
     assert "--adapter-rank 8: only UNets take adapters; leave it out" in fault(flux(), adapter_rank=8)
 

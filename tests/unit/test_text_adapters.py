@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, 
 from safelight_server.catalog.catalog import Catalog, check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
 from safelight_server.domain.component import Component
-from safelight_server.domain.errors import InvalidRequestError
+from safelight_server.domain.errors import InvalidRequestError, UnavailableError
 from safelight_server.engine.adapters import PromptAdapter, RowAdapter
 from safelight_server.engine.batches import Batches
 from safelight_server.engine.jobs import Job, prompt_name
@@ -206,6 +207,33 @@ async def test_the_parts_of_an_adapter_go_to_the_networks_that_they_change(tmp_p
     whole = packed(parse(safetensors(matrices(2, 1) | text_matrices(2, 1))), BOTH)
     assert np.array_equal(np.concatenate([both.weights, both.text.weights], axis=1), whole)
     assert (both.text.scale, both.text.sha256) == (0.5, spec.adapters[0].sha256)
+
+
+async def test_what_either_network_is_given_keeps_the_weights_in_memory(tmp_path):
+    """The memory is bounded for both together: here there is room for one adapter alone."""
+    wide, text_wide = ROOM | {"max_rank": 40}, TEXT_ROOM | {"max_rank": 40}
+    catalog = Catalog([small_pipeline(tmp_path, adapters=wide, text_adapters=text_wide, inputs=INPUTS)])
+    for seed, name in enumerate(("one", "two")):
+        write(tmp_path / "adapters", name, arrays=matrices(40, seed) | text_matrices(40, seed))
+    rooms = [{"small": AdapterRoom.model_validate(room)} for room in (wide, text_wide)]
+    catalog.adapters = AdapterLibrary(tmp_path / "adapters", rooms[0], 6 * 40 * BOTH.width, rooms[1])
+
+    async def loaded(name: str) -> RowAdapter:
+        [found] = await load_adapters(
+            catalog, resolve_request(request(adapters=[{"name": name}]), catalog, LIMITS).spec
+        )
+        return found
+
+    held = await loaded("one")
+    of_prompt = held.text
+    del held
+    gc.collect()
+    with pytest.raises(UnavailableError):
+        await loaded("two")
+    assert of_prompt is not None
+    del of_prompt
+    gc.collect()
+    assert (await loaded("two")).text is not None
 
 
 def of_text(value: float, scale: float = 1.0, rank: int = 2) -> RowAdapter:

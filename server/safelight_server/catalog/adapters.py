@@ -333,7 +333,8 @@ class AdapterLibrary:
     ) -> None:
         models = [model for model, there in offered.items() if name in there]
         if models and isinstance(found, AdapterFile):
-            log.info("adapter_offered", adapter=name, models=models, rank=found.rank, sha256=found.sha256)
+            facts = {"rank": found.rank, "changes_text": found.changes_text, "sha256": found.sha256}
+            log.info("adapter_offered", adapter=name, models=models, **facts)
         else:
             log.warning("adapter_not_offered", adapter=name, reasons={at: why[name] for at, why in misfits.items()})
 
