@@ -176,9 +176,9 @@ class ExportPlan:
 
     @property
     def has_text_adapters(self) -> bool:
-        """Whether the text encoders get room for adapters, which the torch runtime does not know."""
-        options = self.options
-        return options.adapter_rank > 0 and options.text_adapters and options.format is ExportFormat.ONNX
+        """Whether the text encoders get room for adapters: CLIP's beside a UNet, in what the torch runtime does not load."""
+        options, is_unet = self.options, self.source.family.denoiser != "transformer"
+        return is_unet and options.adapter_rank > 0 and options.text_adapters and options.format is ExportFormat.ONNX
 
     @property
     def peak_bytes(self) -> int:
