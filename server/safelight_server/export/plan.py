@@ -176,7 +176,7 @@ class ExportPlan:
 
     @property
     def has_text_adapters(self) -> bool:
-        """Whether the text encoders get room for adapters: CLIP's beside a UNet, in what the torch runtime does not load."""
+        """Whether the text encoders get room for adapters: CLIP's beside a UNet, for the runtimes onnx and triton."""
         options, is_unet = self.options, self.source.family.denoiser != "transformer"
         return is_unet and options.adapter_rank > 0 and options.text_adapters and options.format is ExportFormat.ONNX
 
