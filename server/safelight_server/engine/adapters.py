@@ -63,7 +63,7 @@ def prompt_adapters(adapters: Iterable[RowAdapter]) -> tuple[PromptAdapter, ...]
 def adapter_weights(
     room: AdapterRoom,
     versions: npt.NDArray[np.int64],
-    rows: Sequence[Sequence[RowAdapter]] | Sequence[Sequence[PromptAdapter]],
+    rows: Sequence[Sequence[RowAdapter | PromptAdapter]],
 ) -> StableRows:
     """What each row's adapters add, one below the other, and zeros below them, (B, R, Q)."""
     pieces = []
@@ -73,9 +73,7 @@ def adapter_weights(
     return joined((room.max_rank, room.width), versions, pieces)
 
 
-def adapter_scales(
-    room: AdapterRoom, rows: Sequence[Sequence[RowAdapter]] | Sequence[Sequence[PromptAdapter]]
-) -> FloatArray:
+def adapter_scales(room: AdapterRoom, rows: Sequence[Sequence[RowAdapter | PromptAdapter]]) -> FloatArray:
     """The factor of each rank of `adapter_weights`, (B, R)."""
     scales = np.zeros((len(rows), room.max_rank), np.float32)
     for row, adapters in enumerate(rows):
