@@ -302,7 +302,7 @@ out/lora/models: out/restored/icons
 	rm -rf $@ $@.partial
 	PYTHONPATH=server:clients/python $(TRAIN_PY) -W ignore -m safelight_server export out/restored/icons --name icons \
 	  --revision 1.0-adapters --licence Apache-2.0 --description "Game item icons from plain words" --steps 20 \
-	  --guidance-scale 3 --adapter-rank 8 --adapter-layers all --models-dir $@.partial
+	  --guidance-scale 3 --adapter-rank 8 --adapter-layers all --no-text-adapters --models-dir $@.partial
 	mv $@.partial $@
 
 .PHONY: demo-lora

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
+Targets = Sequence[tuple[str, int, int]]
 TARGETS = (("down.attn1.to_q", 4, 6), ("down.attn1.to_out.0", 6, 4))
 """Layers of a small denoiser, with the sizes of their inputs and outputs."""
-ROOM: dict[str, Any] = {
-    "max_rank": 6,
-    "targets": [{"name": name, "inputs": inputs, "outputs": outputs} for name, inputs, outputs in TARGETS],
-}
-"""The entry `adapters` of a manifest."""
+TEXT_TARGETS = (("text_encoder.text_model.encoder.layers.0.mlp.fc1", 3, 5),)
+"""A layer of its text encoder."""
+
+
+def room(targets: Targets, max_rank: int = 6) -> dict[str, Any]:
+    """The entry of a manifest for the room that targets have."""
+    names = ("name", "inputs", "outputs")
+    return {"max_rank": max_rank, "targets": [dict(zip(names, target, strict=True)) for target in targets]}
+
+
+ROOM, TEXT_ROOM = room(TARGETS), room(TEXT_TARGETS)
+"""The entries `adapters` and `text_adapters` of a manifest."""
 TYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
 
 
@@ -35,23 +43,40 @@ def safetensors(
     return len(text).to_bytes(8, "little") + text + body
 
 
-def matrices(rank: int, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-    """An adapter of all `TARGETS` with peft's keys."""
+def matrices(
+    rank: int, seed: int = 0, targets: Targets = TARGETS, prefix: str = "base_model.model."
+) -> dict[str, np.ndarray[Any, Any]]:
+    """An adapter of all `targets` with peft's keys."""
     rng = np.random.default_rng(seed)
     made = {}
-    for name, inputs, outputs in TARGETS:
-        made[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((rank, inputs)).astype(np.float32)
-        made[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((outputs, rank)).astype(np.float32)
+    for name, inputs, outputs in targets:
+        made[f"{prefix}{name}.lora_A.weight"] = rng.standard_normal((rank, inputs)).astype(np.float32)
+        made[f"{prefix}{name}.lora_B.weight"] = rng.standard_normal((outputs, rank)).astype(np.float32)
     return made
 
 
+def text_matrices(rank: int, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """An adapter of all `TEXT_TARGETS` with diffusers' keys."""
+    return matrices(rank, seed, TEXT_TARGETS, "")
+
+
 def write_adapter(
-    folder: Path, name: str, rank: int = 2, seed: int = 0, config: Mapping[str, Any] | None = None
+    folder: Path,
+    name: str,
+    rank: int = 2,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    arrays: Arrays | None = None,
 ) -> Path:
-    """Writes an adapter as peft does; returns its folder."""
+    """Writes an adapter as peft does; returns its folder.
+
+    Args:
+        arrays: its matrices; None: those of an adapter that changes the denoiser alone.
+    """
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    (place / "adapter_model.safetensors").write_bytes(safetensors(matrices(rank, seed)))
+    data = safetensors(matrices(rank, seed) if arrays is None else arrays)
+    (place / "adapter_model.safetensors").write_bytes(data)
     if config is not None:
         (place / "adapter_config.json").write_text(json.dumps(config))
     return place

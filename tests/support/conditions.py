@@ -1,8 +1,8 @@
-"""A pipeline whose denoiser takes adapters, controls and image prompts, with small networks of our own.
+"""A pipeline whose networks take adapters, controls and image prompts, with small networks of our own.
 
 Its denoiser adds to a function of the latent numbers that each of them says. As in an exported one, a control network
 is a branch that runs for the rows that use it alone. Its image encoder makes the mean colour of a picture to tokens,
-and the half of it to negative tokens.
+and the half of it to negative tokens. Its text encoder gives each token numbers of its own, and adds what adapters say.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from safelight_server.catalog.manifest import (
 
 from tests.conftest import serving_here
 from tests.support import image_prompts
-from tests.support.adapters import ROOM, TARGETS
-from tests.support.models_folder import add_network, add_pipeline, copy_models, remove_icons, share_network
+from tests.support.adapters import ROOM, TARGETS, TEXT_ROOM, TEXT_TARGETS
+from tests.support.models_folder import add_network, add_pipeline, copy_models, remove_icons
 from tests.support.onnx_files import Shape, graph, node
 
 NAME, CONTROLS = "conditioned", ("edges", "depth")
@@ -34,6 +34,9 @@ CONTEXT, CHANNELS, FACTOR = (32, 128), 32, 16
 ONE_SIZE, TWO_SIZES = ((128, 128),), ((128, 128), (64, 96))
 """Widths and heights of pictures in pixels, the default first."""
 WIDTH = sum(inputs + outputs for _, inputs, outputs in TARGETS)
+TEXT_WIDTH = sum(inputs + outputs for _, inputs, outputs in TEXT_TARGETS)
+NUM_TOKENS = 600
+"""More than the tokenizer of `icons` has."""
 
 
 def models_with_conditions(folder: Path, sizes: tuple[tuple[int, int], ...] = ONE_SIZE) -> Path:
@@ -45,7 +48,7 @@ def models_with_conditions(folder: Path, sizes: tuple[tuple[int, int], ...] = ON
     if len(sizes) > 1:
         latent, picture = (CHANNELS, "height", "width"), (3, "picture_height", "picture_width")
     components = {
-        "text_encoder": share_network(models, f"{NAME}_text_encoder", "icons_text_encoder"),
+        "text_encoder": _text_encoder(models),
         "denoiser": _denoiser(models, latent, picture),
         "decoder": _decoder(models, latent, picture),
         "image_encoder": _image_encoder(models),
@@ -57,6 +60,7 @@ def models_with_conditions(folder: Path, sizes: tuple[tuple[int, int], ...] = ON
         components=components,
         sizes=[{"width_px": width, "height_px": height} for width, height in sizes],
         adapters=ROOM,
+        text_adapters=TEXT_ROOM,
         controls=CONTROLS,
         image_prompt=image_prompts.ROOM,
     )
@@ -72,6 +76,25 @@ async def serving_conditions(
     given = {"models_dir": models, "num_instances": 1} | settings
     async with serving_here(**given) as running, grpc.aio.insecure_channel(running.address) as channel:
         yield running, channel, stubs.GenerationServiceStub(channel)
+
+
+def _text_encoder(models: Path) -> dict[str, object]:
+    words = np.random.default_rng(1).standard_normal((NUM_TOKENS, CONTEXT[1])).astype(np.float32)
+    rank = TEXT_ROOM["max_rank"]
+    return add_network(
+        models,
+        f"{NAME}_text_encoder",
+        {"input_ids": CONTEXT[:1], "adapter_weights": (rank, TEXT_WIDTH), "adapter_scales": (rank,)},
+        {"last_hidden_state": CONTEXT},
+        [
+            node("Gather", ["words", "input_ids"], "of_words", axis=0),
+            node("Unsqueeze", ["adapter_scales", "last_axis"], "scales_of_ranks"),
+            node("Mul", ["adapter_weights", "scales_of_ranks"], "of_ranks"),
+            node("ReduceMean", ["of_ranks"], "of_adapters", axes=[1, 2], keepdims=1),
+            node("Add", ["of_words", "of_adapters"], "last_hidden_state"),
+        ],
+        {"words": words, "last_axis": np.array([2], np.int64)},
+    )
 
 
 def _denoiser(models: Path, latent: Shape, picture: Shape) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,22 +58,12 @@ def add_network(
         dims = [axis if isinstance(axis, int) else -1 for axis in shape]
         form = f"dims: {dims}" if dims else "dims: [1] reshape { shape: [] }"
         side = "input" if tensor in inputs else "output"
-        lines.append(f'{side} {{ name: "{tensor}" data_type: TYPE_FP32 {form} }}')
+        kind = "TYPE_INT64" if tensor == onnx_files.TOKEN_IDS else "TYPE_FP32"
+        lines.append(f'{side} {{ name: "{tensor}" data_type: {kind} {form} }}')
     lines += ["dynamic_batching { max_queue_delay_microseconds: 0 }", "instance_group { kind: KIND_CPU count: 1 }"]
     lines.append('parameters { key: "intra_op_thread_count" value { string_value: "1" } }')
     (models / "repository" / name / "config.pbtxt").write_text("\n".join(lines) + "\n")
     return {"model": name, "version": 1, "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def share_network(models: Path, name: str, of: str, max_rows: int = 4) -> dict[str, object]:
-    """Adds a shipped network with another bound of its batches, whose check at the start takes less time."""
-    shipped, place = SHIPPED / "repository" / of, models / "repository" / name
-    place.mkdir()
-    (place / "1").symlink_to(shipped / "1")
-    text = (shipped / "config.pbtxt").read_text().replace(f'name: "{of}"', f'name: "{name}"')
-    (place / "config.pbtxt").write_text(re.sub(r"max_batch_size: \d+", f"max_batch_size: {max_rows}", text))
-    digest = hashlib.sha256((place / "1" / "model.onnx").read_bytes()).hexdigest()
-    return {"model": name, "version": 1, "sha256": digest}
 
 
 def add_pipeline(models: Path, name: str, network: bytes | None = None, **changes: Any) -> Path:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-FLOAT, OPSET, IR_VERSION = 1, 13, 8
+FLOAT, INT64, OPSET, IR_VERSION = 1, 7, 13, 8
 INT, GRAPH, INTS = 2, 5, 7
 """Kinds of attributes."""
 
 Shape = tuple[int | str, ...]
+TOKEN_IDS = "input_ids"
+"""The tensor that holds int64; all others are float32."""
 
 
 def network(
@@ -70,10 +72,10 @@ def _varint(value: int) -> bytes:
 
 def _value(name: str, shape: Shape) -> bytes:
     dims = b"".join(field(1, field(1, axis) if isinstance(axis, int) else field(2, axis)) for axis in shape)
-    return field(1, name) + field(2, field(1, field(1, FLOAT) + field(2, dims)))
+    return field(1, name) + field(2, field(1, field(1, INT64 if name == TOKEN_IDS else FLOAT) + field(2, dims)))
 
 
 def _tensor(name: str, values: np.ndarray[Any, Any]) -> bytes:
     dims = b"".join(field(1, axis) for axis in values.shape)
-    kind = {"float32": FLOAT, "int64": 7}[str(values.dtype)]
+    kind = {"float32": FLOAT, "int64": INT64}[str(values.dtype)]
     return dims + field(2, kind) + field(8, name) + field(9, values.tobytes())

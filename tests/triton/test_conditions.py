@@ -16,7 +16,7 @@ from safelight_server.catalog.export import Target, write
 
 from tests.conftest import eventually
 from tests.integration.test_images import MASK, PHOTO, name_of
-from tests.support.adapters import write_adapter
+from tests.support.adapters import text_matrices, write_adapter
 from tests.support.conditions import NAME, TWO_SIZES, models_with_conditions
 from tests.triton.developing import Load, Seen, assert_exact, develop_all
 from tests.triton.support import TritonServer, triton_server
@@ -31,10 +31,14 @@ EDGES, DEPTH = pb.Control(name="edges", image=PHOTOGRAPH), pb.Control(name="dept
 LATE = pb.Control(name="edges", image=MASKED, start=0.3, end=0.7)
 PROMPTED = pb.ImagePrompt(image=MASKED, scale=0.5)
 PIXEL, INK = (pb.Adapter(name=name, scale=0.8) for name in ADAPTERS)
+WORD = pb.Adapter(name="word", scale=0.8)
+"""It changes the text encoder alone."""
 KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"adapters": [PIXEL]},
     {"adapters": [PIXEL, INK]},
+    {"adapters": [WORD]},
+    {"adapters": [PIXEL, WORD], "guidance_scale": 1.0},
     {"controls": [EDGES]},
     {"controls": [LATE]},
     {"controls": [EDGES, DEPTH], "guidance_scale": 1.0},
@@ -61,6 +65,7 @@ def conditioned(steps: int, **spec: Any) -> list[pb.GenerateRequest]:
 def with_adapters(models: Path) -> Path:
     for seed, (name, rank) in enumerate(ADAPTERS.items()):
         write_adapter(models / "adapters", name, rank, seed)
+    write_adapter(models / "adapters", WORD.name, arrays=text_matrices(1, seed=4))
     return models
 
 

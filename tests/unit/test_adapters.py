@@ -170,8 +170,10 @@ REFUSED = {
     "no layers": (safetensors({}), "has no layers"),
     "cut off": (WHOLE[:-3], "is cut off: 3 bytes"),
     "header cut off": (WHOLE[:20], "is no safetensors file"),
-    "text encoder": (safetensors({"text_encoder.q.lora_A.weight": ONE}), "changes the text encoder"),
-    "kohya's text encoder": (safetensors({"lora_te_q.lora_down.weight": ONE}), "changes the text encoder"),
+    "one matrix twice": (
+        safetensors(matrices(2) | {A.replace("base_model.model.", "unet."): np.ones((2, 4), np.float32)}),
+        "has unet.down.attn1.to_q.lora_A.weight and the same matrix under another name",
+    ),
     "magnitudes": (safetensors(matrices(2) | {A.replace("lora_A", "dora_scale"): ONE}), "which is not understood"),
     "three axes": (safetensors({A: np.ones((1, 4, 1), np.float32)}), "which is not understood"),
     "CP": (

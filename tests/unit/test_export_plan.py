@@ -976,6 +976,15 @@ def test_transformers_take_adapters(flux: FluxFolder, z_image: ZImageFolder) -> 
         assert draft(made)["inputs"].items() >= ADAPTER_INPUTS.items()
 
 
+def test_text_encoders_get_room_for_adapters_too_unless_they_are_left_out(folder: Folder) -> None:
+    roomy, plain = plan(folder(), adapter_rank=8), plan(folder(), adapter_rank=8, text_adapters=False)
+    assert "text_adapters" in draft(roomy)
+    assert "text_adapters" not in draft(plain)
+    assert draft(plain)["adapters"] == draft(roomy)["adapters"]
+    assert "text_adapters" not in draft(plan(folder()))
+    assert "--no-text-adapters: goes with --adapter-rank; leave it out" in fault(folder(), text_adapters=False)
+
+
 def control_folder(place: Path, **config: object) -> Path:
     """A folder of a control network that fits `UNET`."""
     shared = {"cross_attention_dim": 768, "block_out_channels": [8] * 4, "_class_name": "ControlNetModel"}

@@ -7,7 +7,8 @@ import weakref
 
 import numpy as np
 from safelight_server.catalog.manifest import AdapterRoom, ImagePromptRoom
-from safelight_server.engine.latents import CleanLatent, Latents, RowAdapter, RowControl, RowImagePrompt
+from safelight_server.engine.adapters import RowAdapter
+from safelight_server.engine.latents import CleanLatent, Latents, RowControl, RowImagePrompt
 from safelight_server.runtime.base import StableRows
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table, gaussian
 

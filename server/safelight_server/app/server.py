@@ -137,7 +137,9 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
     )
     rooms = {name: at.manifest.adapters for name, at in catalog.pipelines.items() if at.manifest.adapters is not None}
     folder = settings.adapters_dir or settings.models_dir / "adapters"
-    catalog.adapters = AdapterLibrary(folder, rooms, settings.max_adapter_bytes)
+    found = {name: at.manifest.text_adapters for name, at in catalog.pipelines.items()}
+    text_rooms = {name: room for name, room in found.items() if room is not None}
+    catalog.adapters = AdapterLibrary(folder, rooms, settings.max_adapter_bytes, text_rooms)
     if settings.runtime == "triton":
         options = TritonOptions(
             urls=settings.triton_urls,

@@ -26,7 +26,7 @@ from safelight_server.cache.approximate.warm_starts import WarmStart, WarmStarts
 from safelight_server.cache.checkpoints import Checkpoints
 from safelight_server.cache.namespaces import CacheKeys, Namespaces
 from safelight_server.cache.pictures import CachedPicture, PictureFacts, Pictures, pointer
-from safelight_server.cache.prompts import Prompts
+from safelight_server.cache.prompts import Prompts, TextChanges
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.errors import UnavailableError
 from safelight_server.domain.picture import FinishedPicture, Pixels
@@ -61,8 +61,9 @@ class CacheQuery:
     """One output to look up in the caches, with intermediate results of the lookups.
 
     Attributes:
+        text_changes: its adapters that change the text encoder.
         embedding: the embedding of its prompt; set by `approximate` and handed over by `embeddings`.
-        vector: its prompt vector, once computed.
+        vector: its prompt vector, once computed; that of the prompt without adapters.
         replaces: exact name of a picture that was served as similar `max_uses` times; this output replaces it.
         excluded: exact names that must not answer this output: the outputs of its request, and the pictures and latents
             already found for them. All outputs of a request share one set, so that no two show the same picture.
@@ -74,6 +75,7 @@ class CacheQuery:
     encoding: PixelEncoding
     policy: CachePolicy
     generation: str
+    text_changes: TextChanges = ()
     embedding: Embedding | None = None
     vector: Floats | None = None
     replaces: str | None = None
@@ -143,7 +145,7 @@ class Cache:
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         try:
             embedding = await self._prompts.get(name.namespace, pipeline, spec.token_ids, self.owner(wanted))
-            wanted.embedding = embedding
+            wanted.embedding = None if wanted.text_changes else embedding
             vector = wanted.vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
         except UnavailableError:
             return None  # a broken text encoder is a miss here; the execution reports the error
@@ -171,7 +173,7 @@ class Cache:
         embeddings = [
             found
             if found is not None and ids == spec.token_ids
-            else await self._prompts.known(namespace, pipeline, ids)
+            else await self._prompts.known(namespace, pipeline, ids, wanted.text_changes)
             for ids in spec.token_ids_by_row
         ]
         if spec.image_prompt:
@@ -187,9 +189,9 @@ class Cache:
     async def keep_embedding(self, wanted: CacheQuery, token_ids: Sequence[int], embedding: Embedding) -> None:
         """Stores the embedding of one of its prompts."""
         kept = await self._prompts.keep(
-            wanted.name.namespace, wanted.pipeline, token_ids, embedding, self.owner(wanted)
+            wanted.name.namespace, wanted.pipeline, token_ids, embedding, self.owner(wanted), wanted.text_changes
         )
-        if kept and wanted.vector is None and token_ids == wanted.spec.token_ids:
+        if kept and not wanted.text_changes and wanted.vector is None and token_ids == wanted.spec.token_ids:
             wanted.vector = await self._prompts.vector(wanted.pipeline, token_ids, embedding)
 
     async def keep_image_prompt(self, wanted: CacheQuery, embedding: Embedding) -> None:
@@ -245,9 +247,15 @@ class Cache:
     async def _vector(self, wanted: CacheQuery) -> Floats | None:
         if wanted.vector is not None:
             return wanted.vector
-        ids = wanted.spec.token_ids
-        embedding = await self._prompts.known(wanted.name.namespace, wanted.pipeline, ids)
-        return None if embedding is None else await self._prompts.vector(wanted.pipeline, ids, embedding)
+        namespace, pipeline, ids = wanted.name.namespace, wanted.pipeline, wanted.spec.token_ids
+        try:
+            if wanted.text_changes:  # then its own embedding is another one, and that of the prompt alone may be new
+                embedding: Embedding | None = await self._prompts.get(namespace, pipeline, ids, self.owner(wanted))
+            else:
+                embedding = await self._prompts.known(namespace, pipeline, ids)
+            return None if embedding is None else await self._prompts.vector(pipeline, ids, embedding)
+        except UnavailableError:
+            return None  # a broken text encoder; the picture is kept all the same, but not found as a similar one
 
     def owner(self, wanted: CacheQuery) -> EntryOwner:
         """Returns the owner by which purges find its entries."""

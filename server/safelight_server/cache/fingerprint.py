@@ -97,9 +97,16 @@ def image_prompt(encoder_digest: str, numerics_id: str, image_digest: str) -> by
     return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "image": image_digest})
 
 
-def embedding(encoder_digest: str, numerics_id: str, token_ids: Sequence[int]) -> bytes:
-    """Returns the fingerprint of a text encoder's output, for prompts and negative prompts alike."""
-    return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "tokens": list(token_ids)})
+def embedding(
+    encoder_digest: str, numerics_id: str, token_ids: Sequence[int], adapters: Sequence[tuple[str, float]] = ()
+) -> bytes:
+    """Returns the fingerprint of a text encoder's output, for prompts and negative prompts alike.
+
+    Args:
+        adapters: digest and factor of each adapter that changes the text encoder, in their order.
+    """
+    changes = {"adapters": _plain(tuple(adapters))} if adapters else {}
+    return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "tokens": list(token_ids), **changes})
 
 
 _DECIDING = {field.name for field in dataclasses.fields(Spec)} - STAND_INS - {"seeds", "token_ids"}

@@ -25,6 +25,8 @@ from safelight_server.storage.sealed import Entry
 from safelight_server.storage.tiers import Tiers
 
 Encode = Callable[[Pipeline, Sequence[int]], Awaitable[Embedding]]
+TextChanges = tuple[tuple[str, float], ...]
+"""The adapters that change the text encoder for a prompt, each by the digest of its file and its factor."""
 
 
 class Prompts:
@@ -43,9 +45,11 @@ class Prompts:
         self._ttl_s = ttl_s
         self._means: dict[str, asyncio.Task[Floats]] = {}
 
-    async def known(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> Embedding | None:
+    async def known(
+        self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int], changes: TextChanges = ()
+    ) -> Embedding | None:
         """Returns the cached embedding, or None."""
-        found = await self._tiers.get(self._key(namespace, pipeline, token_ids))
+        found = await self._tiers.get(self._key(namespace, pipeline, token_ids, changes))
         return None if found is None else _parsed(found.entry, pipeline, len(token_ids))
 
     async def keep(
@@ -55,9 +59,11 @@ class Prompts:
         token_ids: Sequence[int],
         embedding: Embedding,
         owner: EntryOwner,
+        changes: TextChanges = (),
     ) -> bool:
         """Stores an embedding. False if it is not finite. Purges find it by `owner`."""
-        return await self._put(self._key(namespace, pipeline, token_ids), embedding, pipeline.embedding_outputs, owner)
+        key = self._key(namespace, pipeline, token_ids, changes)
+        return await self._put(key, embedding, pipeline.embedding_outputs, owner)
 
     async def known_image(self, namespace: Namespace, pipeline: Pipeline, digest: str) -> Embedding | None:
         """Returns the cached embedding of an image prompt, a picture whose file has this SHA-256, or None."""
@@ -83,7 +89,7 @@ class Prompts:
     async def get(
         self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int], owner: EntryOwner
     ) -> Embedding:
-        """Returns the embedding, from the cache or else from the text encoder."""
+        """Returns the embedding without adapters, from the cache or else from the text encoder."""
         embedding = await self.known(namespace, pipeline, token_ids)
         if embedding is None:
             embedding = await self._encode(pipeline, token_ids)
@@ -91,7 +97,11 @@ class Prompts:
         return embedding
 
     async def vector(self, pipeline: Pipeline, token_ids: Sequence[int], embedding: Embedding) -> Floats:
-        """Returns the prompt vector for similarity search: (D,) float32, centred, of length 1."""
+        """Returns the prompt vector for similarity search: (D,) float32, centred, of length 1.
+
+        Args:
+            embedding: without adapters, as the mean is that of prompts without adapters.
+        """
         if (task := self._means.get(pipeline.digest)) is None or (task.done() and task.exception() is not None):
             task = self._means[pipeline.digest] = asyncio.create_task(self._mean(pipeline))
         mean = await asyncio.shield(task)
@@ -108,9 +118,11 @@ class Prompts:
         vectors = [_vector(pipeline, ids, e) for e, ids in zip(embeddings, tokens, strict=True)]
         return np.asarray(np.mean(vectors, axis=0), np.float32)
 
-    def _key(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+    def _key(
+        self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int], changes: TextChanges = ()
+    ) -> str:
         encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256 or pipeline.digest
-        what = fingerprint.embedding(encoder, self._numerics_id(pipeline.name), token_ids)
+        what = fingerprint.embedding(encoder, self._numerics_id(pipeline.name), token_ids, changes)
         return f"{namespace.prefix}/prompt/{fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, what)}"
 
     def _image_key(self, namespace: Namespace, pipeline: Pipeline, digest: str) -> str:

@@ -46,7 +46,12 @@ PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "l
 """What stands before the name of a denoiser's layer: peft's, diffusers', that of the models' authors, kohya's."""
 DENOISERS = ("unet.", "transformer.")
 """What stands before the keys of a denoiser in the metadata of diffusers' files."""
-TEXT_ENCODERS = ("text_encoder", "lora_te")
+TEXT_KEY = re.compile(
+    r"(?:text_encoder(?:_(?P<number>[23]))?\.|lora_te(?P<kohya>[123])?_|base_model\.model\.(?=text_model\.|encoder\.layers\.))"
+    r"(?:text_model[._])?"
+)
+"""What stands before the name of a text encoder's layer: diffusers', kohya's, peft's. `text_model.` is there or not."""
+TEXT_ENCODER = "text_encoder"
 OTHER_KINDS = {
     ".lora_mid.": "a CP decomposition (LoCon with use_cp or use_tucker)",
     ".dora_scale": "DoRA",
@@ -106,9 +111,16 @@ class AdapterFile:
         """The largest rank of its layers."""
         return max(rank for rank, *_ in self.shapes.values())
 
-    def misfit(self, room: AdapterRoom) -> str:
-        """Why it does not fit into a denoiser's room; empty where it does."""
-        targets = {plain_name(target.name): target for target in room.targets}
+    @property
+    def changes_text(self) -> bool:
+        """Whether it changes a text encoder."""
+        return any(map(is_of_text, self.shapes))
+
+    def misfit(self, room: AdapterRoom, text_room: AdapterRoom | None = None) -> str:
+        """Why it does not fit into a denoiser's room, and that of the text encoders; empty where it does."""
+        if text_room is None and (of_text := next(filter(is_of_text, self.shapes), None)) is not None:
+            return f"changes the text encoder ({of_text}); the model was exported without room for that"
+        targets = {plain_name(target.name): target for target in joined_room(room, text_room).targets}
         if self.rank > room.max_rank:
             return f"has rank {self.rank}; the model has room for {room.max_rank}"
         for layer, (_, *form) in self.shapes.items():
@@ -125,6 +137,17 @@ def _form(inputs: int, outputs: int, edge: int) -> str:
     return f"{inputs} to {outputs}" + (f" by {edge} x {edge}" if edge > 1 else "")
 
 
+def is_of_text(layer: str) -> bool:
+    """Whether a layer is one of a text encoder, by its name or its `plain_name`."""
+    return layer.startswith(TEXT_ENCODER)
+
+
+def joined_room(room: AdapterRoom, text_room: AdapterRoom | None) -> AdapterRoom:
+    """The room of a denoiser and behind it that of the text encoders, for adapters that change both."""
+    targets = room.targets if text_room is None else (*room.targets, *text_room.targets)
+    return room.model_copy(update={"targets": targets})
+
+
 def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
     """The layers of an adapter's file, by `plain_name`.
 
@@ -136,7 +159,7 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
     """
     try:
         tensors, metadata = safetensors.parse(data)
-        settings = json.loads(config or _saved_config(metadata))
+        settings = json.loads(config or metadata.get("lora_adapter_metadata", "{}"))
         if not isinstance(settings, dict):
             raise ValueError
     except SafetensorsError as error:
@@ -146,8 +169,6 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
     halves: dict[str, dict[str, FloatArray]] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
-        if key.startswith(TEXT_ENCODERS):
-            raise AdapterFileError(f"changes the text encoder ({key}); only the denoiser can be changed")
         if key.endswith(".alpha") and tensor.size == 1:
             alphas[_layer(key.removesuffix(".alpha"))] = float(tensor.reshape(()))
             continue
@@ -165,9 +186,11 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
         raise AdapterFileError("has no layers")
     if len(halves) > len({plain_name(layer) for layer in halves}):
         raise AdapterFileError("has a layer under two names")
-    return _as_in_diffusers(
-        {plain_name(layer): _low_rank(layer, found, alphas.get(layer), settings) for layer, found in halves.items()}
-    )
+    made = {}
+    for layer, half in halves.items():
+        own = settings if config else _saved_config(settings, layer)
+        made[plain_name(layer)] = _low_rank(layer, half, alphas.get(layer), own)
+    return _as_in_diffusers(made)
 
 
 def _low_rank(
@@ -208,6 +231,10 @@ def _as_in_diffusers(layers: Mapping[str, LowRankLayer]) -> dict[str, LowRankLay
 
 
 def _layer(key: str) -> str:
+    """The name of a layer in the denoiser, or in the pipeline: text_encoder.text_model.… or text_encoder_2.…"""
+    if (of_text := TEXT_KEY.match(key)) is not None:
+        number = of_text["number"] or of_text["kohya"] or "1"
+        return f"{TEXT_ENCODER}{'' if number == '1' else f'_{number}'}.text_model.{key[of_text.end() :]}"
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
     return diffusers_name(key)
@@ -219,7 +246,7 @@ def _alpha(layer: str, settings: Mapping[str, Any]) -> float | None:
         raise AdapterFileError("is a DoRA, whose magnitudes this server does not know")
     try:
         for pattern, alpha in settings.get("alpha_pattern", {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in _trained_names(layer)):
                 return float(alpha)
         found = settings.get("lora_alpha")
         return None if found is None else float(found)
@@ -227,13 +254,18 @@ def _alpha(layer: str, settings: Mapping[str, Any]) -> float | None:
         raise AdapterFileError("has a configuration with a malformed alpha") from None
 
 
-def _saved_config(metadata: Mapping[str, str]) -> str:
-    """peft's configuration of the denoiser that diffusers puts into the file itself, as JSON."""
-    saved = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    if not isinstance(saved, dict):
-        raise ValueError
-    own = {key: value for key, value in saved.items() if key.startswith(DENOISERS)}
-    return json.dumps({key.partition(".")[2]: value for key, value in own.items()})
+def _trained_names(layer: str) -> list[str]:
+    """What a layer may have been called in the network that was trained: a text encoder has `text_model`, or not."""
+    if not is_of_text(layer):
+        return [layer]
+    _, _, name = layer.partition(".")
+    return [name, name.removeprefix("text_model.")]
+
+
+def _saved_config(saved: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """peft's configuration of the network that has the layer, of those that diffusers puts into the file itself."""
+    prefixes = (f"{layer.partition('.')[0]}.",) if is_of_text(layer) else DENOISERS
+    return {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(prefixes)}
 
 
 def packed(layers: Mapping[str, LowRankLayer], room: AdapterRoom) -> FloatArray:
@@ -259,14 +291,20 @@ class AdapterLibrary:
     Args:
         folder: None: there are no adapters.
         rooms: of the models that take adapters, by their names.
+        text_rooms: of those whose text encoders take them too.
         max_bytes: of weights in memory, and of a file.
     """
 
     def __init__(
-        self, folder: Path | None = None, rooms: Mapping[str, AdapterRoom] | None = None, max_bytes: int = 256 << 20
+        self,
+        folder: Path | None = None,
+        rooms: Mapping[str, AdapterRoom] | None = None,
+        max_bytes: int = 256 << 20,
+        text_rooms: Mapping[str, AdapterRoom] | None = None,
     ) -> None:
         self._folder = folder
         self._rooms = dict(rooms or {})
+        self._text_rooms = dict(text_rooms or {})
         self._max_bytes = max_bytes
         self._files: dict[Path, tuple[object, AdapterFile | str]] = {}
         self._num_there = 0
@@ -301,8 +339,8 @@ class AdapterLibrary:
         offered: dict[str, dict[str, AdapterFile]] = {model: {} for model in self._rooms}
         misfits: dict[str, dict[str, str]] = {model: {} for model in self._rooms}
         for path, (_, found) in files.items():
-            for model, room in self._rooms.items():
-                why = found if isinstance(found, str) else self._misfit(found, room)
+            for model in self._rooms:
+                why = found if isinstance(found, str) else self._misfit(found, model)
                 if isinstance(found, str) or why:
                     misfits[model][path.name] = why
                 else:
@@ -313,11 +351,16 @@ class AdapterLibrary:
             log.info("adapter_removed", adapter=path.name)
         self._files, self._offered, self._misfits = files, offered, misfits
 
-    def _misfit(self, file: AdapterFile, room: AdapterRoom) -> str:
-        num_bytes = 4 * file.rank * room.width
+    def _misfit(self, file: AdapterFile, model: str) -> str:
+        if why := file.misfit(self._rooms[model], self._text_rooms.get(model)):
+            return why
+        num_bytes = 4 * file.rank * self._room(file, model).width
         if num_bytes > self._max_bytes:
             return f"takes {num_bytes} bytes; all adapters together may take {self._max_bytes} (max_adapter_bytes)"
-        return file.misfit(room)
+        return ""
+
+    def _room(self, file: AdapterFile, model: str) -> AdapterRoom:
+        return joined_room(self._rooms[model], self._text_rooms.get(model) if file.changes_text else None)
 
     def _tell(
         self,
@@ -328,7 +371,8 @@ class AdapterLibrary:
     ) -> None:
         models = [model for model, there in offered.items() if name in there]
         if models and isinstance(found, AdapterFile):
-            log.info("adapter_offered", adapter=name, models=models, rank=found.rank, sha256=found.sha256)
+            facts = {"rank": found.rank, "changes_text": found.changes_text, "sha256": found.sha256}
+            log.info("adapter_offered", adapter=name, models=models, **facts)
         else:
             log.warning("adapter_not_offered", adapter=name, reasons={at: why[name] for at, why in misfits.items()})
 
@@ -369,7 +413,8 @@ class AdapterLibrary:
     def weights(self, model: str, name: str, sha256: str) -> FloatArray:
         """The weights of an adapter for a model, (r, Q) float32. May block: it reads a file.
 
-        Whoever holds the array keeps it in memory.
+        Behind those of the denoiser are those of the text encoders, if it changes them: (r, Q + Qt). Whoever holds the
+        array or a part of it keeps it in memory.
 
         Raises:
             AdapterFileError: it is not there any more, or its file is another now.
@@ -388,7 +433,7 @@ class AdapterLibrary:
         file = self._offered.get(model, {}).get(name)
         if file is None or file.sha256 != sha256:
             raise AdapterFileError("is not there any more, or its file is another now")
-        room = self._rooms[model]
+        room = self._room(file, model)
         self._make_room(4 * file.rank * room.width)
         try:
             data, config = self._read(file.path)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from safelight_server.catalog import config_pbtxt, digest, revisions
-from safelight_server.catalog.adapters import AdapterLibrary
+from safelight_server.catalog.adapters import AdapterLibrary, is_of_text
 from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     ADAPTER_SCALES_SOURCE,
@@ -43,6 +43,7 @@ from safelight_server.catalog.manifest import (
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
+    AdapterRoom,
     Manifest,
     TokenizerFile,
 )
@@ -397,6 +398,8 @@ def _digest(manifest: Manifest) -> str:
         decides["inputs"] = dict(manifest.inputs)
     if manifest.adapters is not None:
         decides["adapters"] = manifest.adapters.model_dump(mode="json", exclude_defaults=True)  # likewise: no kernels
+    if manifest.text_adapters is not None:
+        decides["text_adapters"] = manifest.text_adapters.model_dump(mode="json", exclude_defaults=True)
     if manifest.controls:  # their order is that of the networks in the denoiser
         decides["controls"] = list(manifest.controls)
     if manifest.image_prompt is not None:
@@ -436,6 +439,7 @@ def check(manifest: Manifest) -> list[str]:
     sources = set(manifest.inputs.values()) & set(ADAPTER_INPUTS.values())
     if len(sources) != (0 if manifest.adapters is None else len(ADAPTER_INPUTS)):
         faults.append("adapters: goes with inputs of both adapter_weights and adapter_scales")
+    faults += _check_text_adapters(manifest)
     sources = set(manifest.inputs.values()) & set(CONTROL_INPUTS.values())
     if len(sources) != (len(CONTROL_INPUTS) if manifest.controls else 0):
         faults.append("controls: goes with inputs of both control_images and control_scales")
@@ -477,6 +481,18 @@ def check(manifest: Manifest) -> list[str]:
     return faults
 
 
+def _check_text_adapters(manifest: Manifest) -> list[str]:
+    room, text_room = manifest.adapters, manifest.text_adapters
+    if text_room is None:
+        return []
+    if room is None:
+        return ["text_adapters: goes with adapters"]
+    if room.max_rank != text_room.max_rank:
+        return [f"text_adapters.max_rank: {text_room.max_rank} is not that of adapters, {room.max_rank}"]
+    others = [target.name for target in text_room.targets if not is_of_text(target.name)]
+    return [f"text_adapters.targets: {name} is no layer of a text encoder" for name in others]
+
+
 def _check_tokenizers(manifest: Manifest) -> list[str]:
     second, places = manifest.second_tokenizer, CONTEXT_TOKENIZERS.get(manifest.family, (0,))
     needed = ("tokenizer", "second_tokenizer", "third_tokenizer")[: max(places) + 1]
@@ -513,13 +529,16 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         for name in pipeline.embedding_outputs
         if encoder is not None and name not in made
     ]
+    of_prompts = {} if manifest.text_adapters is None else _adapter_shapes(manifest.text_adapters)
+    extra = set() if encoder is None else (encoder.inputs.keys() & ADAPTER_INPUTS.keys()) - of_prompts.keys()
+    faults += [f"text_adapters: {name} of the text encoder is bound to nothing" for name in sorted(extra)]
     for size in manifest.sizes:
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
         shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), GUIDANCE_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         shapes |= {MASK_SOURCE: (1, *latent[1:]), MASKED_IMAGE_SOURCE: latent}
         if (room := manifest.adapters) is not None:
-            shapes |= {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}
+            shapes |= _adapter_shapes(room)
         if count := len(manifest.controls):
             pictures = (count, 3, size.height_px, size.width_px)
             shapes |= {CONTROL_IMAGES_SOURCE: pictures, CONTROL_SCALES_SOURCE: (count,)}
@@ -529,7 +548,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
             prompt_tokens, edge = (prompts.num_tokens, prompts.width), prompts.edge_px
             shapes |= {IMAGE_PROMPT_TOKENS_SOURCE: prompt_tokens, IMAGE_PROMPT_SCALE_SOURCE: (1,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
-            Component.TEXT_ENCODER: {"input_ids": (num_ids,)},
+            Component.TEXT_ENCODER: {"input_ids": (num_ids,), **of_prompts},
             Component.DENOISER: {name: shapes.get(at, (context, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
@@ -554,3 +573,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
             wrong += config_pbtxt.mismatches(at.outputs, outputs[role])
             faults += [f"components.{role}: config.pbtxt: {fault}" for fault in wrong]
     return list(dict.fromkeys(faults))
+
+
+def _adapter_shapes(room: AdapterRoom) -> dict[str, tuple[int, ...]]:
+    return {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}

@@ -296,7 +296,7 @@ class ImagePromptRoom(_Strict):
 
 
 class AdapterTarget(_Strict):
-    """A layer of the denoiser that adapters can change: `inputs` numbers in, `outputs` numbers out.
+    """A layer that adapters can change: `inputs` numbers in, `outputs` numbers out.
 
     Attributes:
         kernel: edge of the kernel of a convolution, which has `inputs` and `outputs` channels; None: a linear layer.
@@ -323,7 +323,7 @@ class AdapterTarget(_Strict):
 
 
 class AdapterRoom(_Strict):
-    """The room that each row of the denoiser has for adapters (LoRA, Hu et al. 2021).
+    """The room that each row of the denoiser, or of the text encoder, has for adapters (LoRA, Hu et al. 2021).
 
     A row is given adapter_weights (R, Q) and adapter_scales (R,). Each rank has the numbers of all targets side by
     side: of the first target a row of its matrix A (`inputs` numbers) and a column of its B (`outputs` numbers), then
@@ -333,7 +333,8 @@ class AdapterRoom(_Strict):
 
     Attributes:
         max_rank: R, for all adapters of a row together.
-        targets: by their names in the denoiser, in the order in which their numbers stand.
+        targets: by their names in the denoiser, or in the pipeline ("text_encoder_2.text_model.encoder…"), in the order
+            in which their numbers stand.
     """
 
     max_rank: Positive
@@ -363,6 +364,7 @@ class Manifest(_Strict):
             et al. 2022, section 4.5) has "mask" (1, h, w), 1 where a picture is developed anew and 0 where it is kept,
             and "masked_image" (C, h, w), the latent of the picture without the part that is developed anew.
         adapters: the room for adapters; None: the denoiser takes none.
+        text_adapters: the room for what adapters change in the text encoders; None: they change nothing there.
         controls: the names of the K control networks (ControlNet, Zhang et al. 2023) that are part of the denoiser. A
             row is given "control_images" (K, 3, H, W) in [0, 1], a picture for each, and "control_scales" (K,), the
             factors of what they add. A network whose scale is 0 changes nothing and is not run for that row.
@@ -394,8 +396,15 @@ class Manifest(_Strict):
     quantization: Quantization | None = None
     inputs: Mapping[str, InputSource] = STABLE_DIFFUSION_INPUTS
     adapters: AdapterRoom | None = None
+    text_adapters: AdapterRoom | None = None
     controls: tuple[ControlName, ...] = ()
     image_prompt: ImagePromptRoom | None = None
+
+    @property
+    def adapter_rooms(self) -> Mapping[Component, AdapterRoom]:
+        """The rooms for adapters of the components that have one."""
+        rooms = {Component.DENOISER: self.adapters, Component.TEXT_ENCODER: self.text_adapters}
+        return {component: room for component, room in rooms.items() if room is not None}
 
     @property
     def tokenizers(self) -> tuple[TokenizerFile, ...]:

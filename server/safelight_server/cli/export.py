@@ -59,6 +59,13 @@ def export(
             " of the transformer blocks, which kohya's scripts change; all: also the convolutions (LoCon)."
         ),
     ] = None,
+    text_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--text-adapters/--no-text-adapters",
+            help="With --adapter-rank: room in the text encoders too, for adapters that change them.",
+        ),
+    ] = True,
     control: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="Control network (ControlNet) of diffusers; may be repeated."),
@@ -114,6 +121,7 @@ def export(
         format=format,
         adapter_rank=adapter_rank,
         adapter_layers=adapter_layers or AdapterLayers.BLOCKS,
+        text_adapters=text_adapters,
         controls=_controls(control or ()),
         image_prompt=image_prompt,
     )
@@ -219,8 +227,10 @@ def _summary(planned: ExportPlan) -> list[str]:
             f" of {planned.source.pipeline_class}; --steps and --guidance-scale give others"
         )
     if options.adapter_rank:
+        also = ", and in the text encoders" if planned.has_text_adapters else ""
         lines.append(
-            f"    room for adapters of rank {options.adapter_rank} in each row, in the layers {options.adapter_layers}"
+            f"    room for adapters of rank {options.adapter_rank} in each row,"
+            f" in the layers {options.adapter_layers}{also}"
         )
     if options.controls:
         lines.append(f"    control networks {', '.join(name for name, _ in options.controls)}")

@@ -20,8 +20,9 @@ from safelight_server.catalog.manifest import IMAGE_PROMPT_OUTPUTS
 from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding, FloatArray
-from safelight_server.engine.jobs import EncoderInput, InitImage, MaskedPicture
-from safelight_server.engine.latents import Latents, RowAdapter, RowControl, RowImagePrompt, Slots, Snapshot
+from safelight_server.engine.adapters import RowAdapter, prompt_inputs
+from safelight_server.engine.jobs import AdaptedPrompt, EncoderInput, InitImage, MaskedPicture
+from safelight_server.engine.latents import Latents, RowControl, RowImagePrompt, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
@@ -137,7 +138,7 @@ class Batches:
             given = [self.encoder_inputs[row.conditioning_id] for row in batch.rows]
             if key.component in (Component.ENCODER, Component.IMAGE_ENCODER):
                 return PreparedCall(key, {"image": np.stack([_encoder_row(one) for one in given])}, 0)
-            return PreparedCall(key, {"input_ids": np.array(given, np.int64)}, 0)
+            return PreparedCall(key, _prompt_rows(key.pipeline, given), 0)
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
         if batch.kind is Kind.DECODE:
@@ -349,6 +350,15 @@ class Batches:
             image_prompt,
             masked,
         )
+
+
+def _prompt_rows(pipeline: Pipeline, given: Sequence[EncoderInput]) -> Inputs:
+    """The text encoder's inputs for prompts with adapters and without."""
+    ids = [one.token_ids if isinstance(one, AdaptedPrompt) else one for one in given]
+    inputs: Inputs = {"input_ids": np.array(ids, np.int64)}
+    if (room := pipeline.manifest.text_adapters) is None:
+        return inputs
+    return {**inputs, **prompt_inputs(room, [one.adapters if isinstance(one, AdaptedPrompt) else () for one in given])}
 
 
 def _encoder_row(given: EncoderInput) -> FloatArray:

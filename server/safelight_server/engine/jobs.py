@@ -12,7 +12,8 @@ from safelight_server.catalog.pixels import denoiser_latent, sampled_mask, shrun
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import Pixels, scaled
 from safelight_server.domain.tensors import Embedding, FloatArray
-from safelight_server.engine.latents import CleanLatent, RowAdapter, RowControl, RowMaskedImage, Snapshot
+from safelight_server.engine.adapters import PromptAdapter, RowAdapter, prompt_adapters
+from safelight_server.engine.latents import CleanLatent, RowControl, RowMaskedImage, Snapshot
 from safelight_server.sampler import POSTERIOR, SamplerTable, gaussian
 from safelight_server.scheduler import Kind, Priority, ScheduledOutput
 
@@ -31,8 +32,16 @@ class MaskedPicture:
     mask: Pixels
 
 
-EncoderInput = tuple[int, ...] | Pixels | MaskedPicture
-"""The input of an encoder: token ids (T,), the pixels of a picture (H, W, 3), or a part of one."""
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedPrompt:
+    """Token ids (T,), and the adapters that change the text encoder for them; at least one."""
+
+    token_ids: tuple[int, ...]
+    adapters: tuple[PromptAdapter, ...]
+
+
+EncoderInput = tuple[int, ...] | AdaptedPrompt | Pixels | MaskedPicture
+"""The input of an encoder: token ids (T,), also with adapters, the pixels of a picture (H, W, 3), or a part of one."""
 WHOLE, WITHOUT_PART = 0, 1
 """By what is encoded of an init image the counter of its noise: two encodings of an output have independent noise."""
 
@@ -135,8 +144,8 @@ class Job:
         image: the picture that it starts from instead of noise. If `start` is set, only its mask is used.
         guided_steps: the steps with guidance; each of the others has one row. None: all, if it has guidance.
         guidance_rescale: see `sampler.rescale`.
-        adapters: of the denoiser, for all of its rows.
-        controls: likewise.
+        adapters: for all of its rows, and for its prompts.
+        controls: of the denoiser, for all of its rows.
         image_prompt: what its rows are given beside their prompts.
     """
 
@@ -191,13 +200,15 @@ class Job:
     @property
     def conditioning(self) -> tuple[str, ...]:
         """Names of its prompts, one per row of a step (`prompt_name`), and behind them that of its image prompt."""
-        prompts = [prompt_name(self.pipeline, ids) for ids in self.token_ids]
+        adapters = prompt_adapters(self.adapters)
+        prompts = [prompt_name(self.pipeline, ids, adapters) for ids in self.token_ids]
         return (*prompts, *([] if self.image_prompt is None else [self.image_prompt.name(self.pipeline)]))
 
     @property
     def encoder_inputs(self) -> dict[str, EncoderInput]:
         """The encoder inputs of its embeddings, by name."""
-        given: list[EncoderInput] = [*self.token_ids]
+        adapters = prompt_adapters(self.adapters)
+        given: list[EncoderInput] = [AdaptedPrompt(ids, adapters) if adapters else ids for ids in self.token_ids]
         if self.image_prompt is not None:
             given.append(self.image_prompt.pixels)
         inputs = dict(zip(self.conditioning, given, strict=True))
@@ -255,7 +266,8 @@ def _encoded(pipeline: Pipeline, encoding: Embedding, seed: int, what: int) -> F
     return denoiser_latent(pipeline, latent)
 
 
-def prompt_name(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
-    """The name of a prompt, equal for prompts with equal embeddings."""
+def prompt_name(pipeline: Pipeline, token_ids: Sequence[int], adapters: Sequence[PromptAdapter] = ()) -> str:
+    """The name of a prompt, equal for prompts with equal embeddings: the same adapters change the text encoder."""
     encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
-    return f"{encoder}:{','.join(map(str, token_ids))}"
+    changes = "".join(f";{sha256}*{scale!r}" for sha256, scale in (adapter.key for adapter in adapters))
+    return f"{encoder}:{','.join(map(str, token_ids))}{changes}"

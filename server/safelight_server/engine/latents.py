@@ -8,7 +8,6 @@ no batch in flight reads or writes it; one slot never changes the bits of anothe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +34,7 @@ from safelight_server.catalog.manifest import (
 )
 from safelight_server.domain.picture import Pixels
 from safelight_server.domain.tensors import Array, Embedding, FloatArray
+from safelight_server.engine.adapters import VERSIONS, RowAdapter, adapter_scales, adapter_weights, joined
 from safelight_server.runtime.base import StableRows
 from safelight_server.sampler import (
     INITIAL,
@@ -53,8 +53,6 @@ COND, UNCOND = 0, 1
 NUM_COEFFICIENTS = 6
 BLOCK_BYTES = 256 << 10
 """Bytes of latents that are stepped together, so that intermediate arrays stay in the processor's cache."""
-_VERSIONS = itertools.count(1)
-"""Version numbers of the contents of context rows; 0 means none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +94,6 @@ class RowMaskedImage:
 
     mask: FloatArray
     latent: FloatArray
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RowAdapter:
-    """An adapter that changes the denoiser for the rows of an output.
-
-    Attributes:
-        weights: (r, Q) float32 (`manifest.AdapterRoom`).
-        scale: factor of what it adds.
-    """
-
-    weights: FloatArray
-    scale: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -265,17 +250,17 @@ class Latents:
         self._rescale[slot] = guidance_rescale
         first = slot * 2
         self._adapters[slot] = adapters
-        self._adapter_versions[slot] = next(_VERSIONS) if adapters else 0
+        self._adapter_versions[slot] = next(VERSIONS) if adapters else 0
         self._controls[slot] = [(control, _planes(control.pixels)) for control in controls]
-        self._control_versions[slot] = next(_VERSIONS) if controls else 0
+        self._control_versions[slot] = next(VERSIONS) if controls else 0
         self._image_prompt_versions[first : first + 2] = 0
         if image_prompt is not None:
             self._image_prompts[slot] = image_prompt
-            self._image_prompt_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
+            self._image_prompt_versions[first : first + 2] = next(VERSIONS), next(VERSIONS)
         self._noise_seed[slot] = seed if table.uses_noise else None
         for name, rows in self._context.items():
             rows[first : first + len(context)] = [embedding[name] for embedding in context]
-        self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
+        self._context_versions[first : first + 2] = next(VERSIONS), next(VERSIONS)
         noise = gaussian(seed, INITIAL, 0, self.shape) if start is None or picture is not None else None
         if start is not None:
             self._x[slot] = start.x
@@ -339,9 +324,11 @@ class Latents:
             assert self._size_ids is not None
             return np.tile(self._size_ids, (len(slots), 1))
         if source == ADAPTER_WEIGHTS_SOURCE:
-            return self._adapter_weights(slots)
+            assert self._room is not None
+            return adapter_weights(self._room, self._adapter_versions[slots], self._adapters_of(slots))
         if source == ADAPTER_SCALES_SOURCE:
-            return self._adapter_scales(slots)
+            assert self._room is not None
+            return adapter_scales(self._room, self._adapters_of(slots))
         if source == CONTROL_IMAGES_SOURCE:
             return self._control_images(slots)
         if source == CONTROL_SCALES_SOURCE:
@@ -354,25 +341,8 @@ class Latents:
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
         return StableRows(rows.shape[1:], self._context_versions[context], lambda at: rows[context[at]])
 
-    def _adapter_weights(self, slots: Slots) -> StableRows:
-        """What each row's adapters add, one below the other, and zeros below them, (B, R, Q)."""
-        assert self._room is not None
-        pieces = []
-        for adapters in (self._adapters[slot] for slot in slots.tolist()):
-            ends = itertools.accumulate(len(adapter.weights) for adapter in adapters)
-            pieces.append([(end - len(one.weights), one.weights) for end, one in zip(ends, adapters, strict=True)])
-        return _joined((self._room.max_rank, self._room.width), self._adapter_versions[slots], pieces)
-
-    def _adapter_scales(self, slots: Slots) -> FloatArray:
-        """The factor of each rank of `_adapter_weights`, (B, R)."""
-        assert self._room is not None
-        scales = np.zeros((len(slots), self._room.max_rank), np.float32)
-        for row, slot in enumerate(slots.tolist()):
-            first = 0
-            for adapter in self._adapters[slot]:
-                scales[row, first : first + len(adapter.weights)] = adapter.scale
-                first += len(adapter.weights)
-        return scales
+    def _adapters_of(self, slots: Slots) -> list[Sequence[RowAdapter]]:
+        return [self._adapters[slot] for slot in slots.tolist()]
 
     def _control_images(self, slots: Slots) -> StableRows:
         """The pictures of each row for the control networks, (B, K, 3, H, W); zeros where it has none.
@@ -383,7 +353,7 @@ class Latents:
         pieces = [
             [(control.place, planes[np.newaxis]) for control, planes in self._controls[slot]] for slot in slots.tolist()
         ]
-        return _joined(self._pictures, self._control_versions[slots], pieces)
+        return joined(self._pictures, self._control_versions[slots], pieces)
 
     def _control_scales(self, slots: Slots, steps: Slots) -> FloatArray:
         """The factors of what the control networks add to each row, (B, K); 0 for those that do not act."""
@@ -403,7 +373,7 @@ class Latents:
             [] if prompt is None else [(0, prompt.tokens[part])] for prompt, part in zip(prompts, parts, strict=True)
         ]
         room = self._image_prompt_room
-        return _joined((room.num_tokens, room.width), self._image_prompt_versions[context], pieces)
+        return joined((room.num_tokens, room.width), self._image_prompt_versions[context], pieces)
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Stores the predictions (B, C, h, w) of rows until all rows of their steps are back."""
@@ -469,24 +439,6 @@ def _first(table: SamplerTable, noise: FloatArray, picture: CleanLatent | None) 
     if picture is None or (picture.mask is not None and table.first_step == 0):
         return np.float32(table.init_scale) * noise
     return noised(picture.clean, noise, table.levels[table.first_step])
-
-
-def _joined(
-    shape: tuple[int, ...], versions: npt.NDArray[np.int64], pieces: Sequence[Sequence[tuple[int, FloatArray]]]
-) -> StableRows:
-    """Rows of a shape that are zeros but for their pieces, each with the index on the first axis where it begins.
-
-    They are put together where a runtime takes them: zeros that nobody wrote or reads take no memory.
-    """
-
-    def take(at: Slots) -> FloatArray:
-        made = np.zeros((len(at), *shape), np.float32)
-        for row, position in enumerate(at.tolist()):
-            for first, piece in pieces[position]:
-                made[row, first : first + len(piece)] = piece
-        return made
-
-    return StableRows(shape, versions, take)
 
 
 def _planes(pixels: Pixels) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Gives a denoiser room for adapters (LoRA, Hu et al. 2021): each row of a batch brings its own, as inputs.
+"""Gives a network room for adapters (LoRA, Hu et al. 2021): each row of a batch brings its own, as inputs.
 
 The layers that trainers change, linear ones and convolutions, add what
 `catalog.manifest.AdapterRoom` says. A row is multiplied by its own matrices alone,
@@ -65,7 +65,7 @@ def _of_unet(denoiser: nn.Module, layers: AdapterLayers) -> list[str]:
     ]
 
 
-def _has_room(module: nn.Module | None) -> bool:
+def _has_room(module: nn.Module) -> bool:
     """Whether a layer is of a kind that adapters change. UNets of diffusers have no other convolutions."""
     if not isinstance(module, nn.Conv2d):
         return isinstance(module, nn.Linear)
@@ -186,7 +186,7 @@ def _layer(network: nn.Module, name: str) -> nn.Module | None:
 
 
 class Adapters:
-    """The targets of a denoiser, in which it is changed to take adapters.
+    """The targets of a network, in which it is changed to take adapters.
 
     Args:
         names: of the layers, as `target_names` gives them; the order is that of their numbers.
@@ -198,18 +198,18 @@ class Adapters:
         ExportError: a name is no layer that adapters can change.
     """
 
-    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         found = []
         for name in names:
-            if (layer := _layer(denoiser, name)) is None:
-                raise ExportError(f"adapters: {name} is no layer of the denoiser that adapters can change")
+            if (layer := _layer(network, name)) is None:
+                raise ExportError(f"adapters: {name} is no layer of the network that adapters can change")
             found.append((name, layer))
         self._targets = [_target(name, layer) for name, layer in found]
         self.given = GivenAdapters([size for target in self._targets for size in _sizes(target)])
         for number, (name, layer) in enumerate(found):
             parent, _, last = name.rpartition(".")
             adapted = AdaptedConvolution if isinstance(layer, nn.Conv2d) else AdaptedLinear
-            setattr(denoiser.get_submodule(parent), last, adapted(layer, self.given, number))
+            setattr(network.get_submodule(parent), last, adapted(layer, self.given, number))
 
     def room(self, max_rank: int) -> dict[str, Any]:
         """What the manifest says of them (`AdapterRoom`)."""
@@ -268,7 +268,7 @@ def _form(target: AdapterTarget) -> str:
 def given(
     adapters: Adapters | None, weights: Tensor | None, scales: Tensor | None, rows: Tensor | None = None
 ) -> Iterator[None]:
-    """A block in which a denoiser is changed by the adapters of its call's rows.
+    """A block in which a network is changed by the adapters of its call's rows.
 
     Without room for them, or where no row brings any (`weights` is None), it is changed by none.
 

@@ -24,16 +24,28 @@ FLUX_TIMESTEPS = 1000
 
 
 class TextEncoder(nn.Module):
-    """input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)."""
+    """input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P).
+
+    Args:
+        adapters: of `model`, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
+    """
 
     outputs = ("last_hidden_state", "pooled_output")
 
-    def __init__(self, model: CLIPTextModel) -> None:
+    def __init__(self, model: CLIPTextModel, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        result = self.model(input_ids=input_ids)
+    def forward(
+        self,
+        input_ids: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        with given(self.adapters, adapter_weights, adapter_scales, adapter_rows):
+            result = self.model(input_ids=input_ids)
         return result.last_hidden_state, result.pooler_output
 
 
@@ -47,21 +59,34 @@ class TextEncoders(nn.Module):
     Args:
         empty_ids: (2 T,), the ids of an empty prompt if zeros replace its embedding, as in diffusers' pipeline without
             a negative prompt; None: it has an embedding.
+        adapters: of both encoders, which then are given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
     """
 
     outputs = ("last_hidden_state", "pooled_output")
 
     def __init__(
-        self, first: CLIPTextModel, second: CLIPTextModelWithProjection, empty_ids: Tensor | None = None
+        self,
+        first: CLIPTextModel,
+        second: CLIPTextModelWithProjection,
+        empty_ids: Tensor | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         self.first, self.second = first, second
+        self.adapters = adapters
         self.register_buffer("empty_ids", empty_ids)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         first_ids, second_ids = input_ids.chunk(2, dim=1)
-        one = self.first(input_ids=first_ids, output_hidden_states=True)
-        two = self.second(input_ids=second_ids, output_hidden_states=True)
+        with given(self.adapters, adapter_weights, adapter_scales, adapter_rows):
+            one = self.first(input_ids=first_ids, output_hidden_states=True)
+            two = self.second(input_ids=second_ids, output_hidden_states=True)
         hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
         if self.empty_ids is None:
             return hidden, two.text_embeds

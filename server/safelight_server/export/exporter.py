@@ -38,7 +38,7 @@ from transformers import Qwen3Model, T5EncoderModel
 
 from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
-from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, AdapterRoom, Manifest
+from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, Manifest
 from safelight_server.export import controls, loading, manifest, memory, plan, torch_files
 from safelight_server.export.adapters import Adapters, fitting, target_names
 from safelight_server.export.components import (
@@ -65,6 +65,7 @@ from safelight_server.export.onnx_file import check_parity, num_values, write_on
 from safelight_server.export.plan import ROLES, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.repository import write_config
 from safelight_server.export.source import FAMILIES, ExportError
+from safelight_server.export.text_adapters import fitting_text, text_adapters_of, text_room
 
 Report = Callable[[str], None]
 ENDS = ("", "_2", "_3")
@@ -123,7 +124,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         # Before layers are changed to take adapters and image prompts, which renames weights.
         torch_files.write(pipeline, made, torch_folder)
     components = _components(pipeline, made)
-    adapters = _adapters_of(components["denoiser"])
+    adapters, of_text = _adapters_of(components["denoiser"]), _adapters_of(components["text_encoder"])
     for module in components.values():
         round_weights(module.eval())
         if isinstance(module, ImagePromptEncoder):
@@ -143,6 +144,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         **manifest.prompts(folder / "prompts.json"),
         **({} if options.format is ExportFormat.ONNX else {"torch": {"files": torch_files.digests(torch_folder)}}),
         **({} if adapters is None else {"adapters": adapters.room(made.options.adapter_rank)}),
+        **({} if of_text is None else {"text_adapters": text_room(of_text, made.options.adapter_rank)}),
     }
     (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
     if (folder / "training.json").exists():
@@ -175,19 +177,23 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
     return made
 
 
-def _components(pipeline: DiffusionPipeline, made: ExportPlan, room: AdapterRoom | None = None) -> dict[str, nn.Module]:
+def _components(pipeline: DiffusionPipeline, made: ExportPlan, given: Manifest | None = None) -> dict[str, nn.Module]:
     """The components by role.
 
     Args:
-        room: the targets of adapters, where a manifest has them; None: all layers that adapters can change.
+        given: the manifest that says which layers adapters can change; None: those that the options choose.
     """
     prompts = None if made.image_prompt is None else ImagePrompts(pipeline.unet, made.image_prompt)
     adapters, network = None, getattr(pipeline, made.source.family.denoiser)
     if made.options.adapter_rank:
         names = target_names(network, made.options.adapter_layers)
+        room = None if given is None else given.adapters
         adapters = Adapters(network, names) if room is None else fitting(network, room)
+    of_text = None
+    if made.has_text_adapters:
+        of_text = text_adapters_of(pipeline) if given is None else fitting_text(pipeline, given.text_adapters)
     components: dict[str, nn.Module] = {
-        "text_encoder": text_encoder_of(pipeline),
+        "text_encoder": text_encoder_of(pipeline, of_text),
         "denoiser": denoiser_of(pipeline, adapters, prompts),
         "decoder": decoder_of(pipeline.vae),
     }
@@ -215,7 +221,7 @@ def load_components(folder: Path, given: Manifest) -> dict[str, nn.Module]:
     made = plan.make(folder, torch_files.options_of(folder, given))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", module="torch|copyreg")
-        components = _components(loading.load(made), made, given.adapters)
+        components = _components(loading.load(made), made, given)
         for module in components.values():
             round_weights(module.eval().requires_grad_(False))
             if isinstance(module, ImagePromptEncoder):
@@ -228,8 +234,8 @@ def _adapters_of(module: nn.Module) -> Adapters | None:
     return found
 
 
-def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """The text encoder of a pipeline, or all of them."""
+def text_encoder_of(pipeline: DiffusionPipeline, adapters: Adapters | None = None) -> nn.Module:
+    """The text encoder of a pipeline, or all of them; `adapters`: with room for them, where it has a UNet."""
     first, clip_tokens = pipeline.text_encoder, max_tokens(pipeline, pipeline.tokenizer, pipeline.text_encoder)
     if isinstance(pipeline, FluxPipeline):
         return FluxTextEncoders(first, pipeline.text_encoder_2, clip_tokens)
@@ -238,9 +244,9 @@ def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
     if isinstance(pipeline, ZImagePipeline):
         return ZImageTextEncoder(first, pipeline.tokenizer.pad_token_id)
     if not isinstance(pipeline, StableDiffusionXLPipeline):
-        return TextEncoder(first)
+        return TextEncoder(first, adapters)
     empty_ids = token_ids(pipeline, [""])[0] if pipeline.config.force_zeros_for_empty_prompt else None
-    return TextEncoders(first, pipeline.text_encoder_2, empty_ids)
+    return TextEncoders(first, pipeline.text_encoder_2, empty_ids, adapters)
 
 
 def denoiser_of(

@@ -47,6 +47,8 @@ MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
 MAX_ADAPTER_RANK = 256
 """Largest room for adapters: each row of a call brings so many ranks, used or not."""
+TEXT_TARGETS = [{"name": "text_encoder", "inputs": 1, "outputs": 1}]
+"""A placeholder of what adapters can change in the text encoders."""
 MAX_CONTROLS = 8
 """Most control networks of a model: each row of a call brings a picture for each, used or not."""
 MAX_GUIDANCE_SCALE = 20.0
@@ -80,7 +82,7 @@ class ExportFormat(enum.StrEnum):
 
 
 class AdapterLayers(enum.StrEnum):
-    """Which layers of a UNet get room for adapters."""
+    """Which layers of a denoiser get room for adapters. A transformer has no others than those of its blocks."""
 
     ATTENTION = "attention"
     BLOCKS = "blocks"
@@ -104,6 +106,7 @@ class ExportOptions:
         format: which files are written.
         adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
         adapter_layers: the layers that have that room.
+        text_adapters: whether the text encoders get that room too.
         controls: control networks, each with its name and its folder.
         image_prompt: the weights of an IP-Adapter, or their folder; None: no image prompts.
     """
@@ -124,6 +127,7 @@ class ExportOptions:
     format: ExportFormat = ExportFormat.ONNX
     adapter_rank: int = 0
     adapter_layers: AdapterLayers = AdapterLayers.BLOCKS
+    text_adapters: bool = True
     controls: tuple[tuple[str, Path], ...] = ()
     image_prompt: Path | None = None
 
@@ -181,6 +185,12 @@ class ExportPlan:
         return networks.is_inpainting(self.source)
 
     @property
+    def has_text_adapters(self) -> bool:
+        """Whether the text encoders get room for adapters: CLIP's beside a UNet."""
+        is_unet = self.source.family.denoiser != "transformer"
+        return is_unet and self.options.adapter_rank > 0 and self.options.text_adapters
+
+    @property
     def peak_bytes(self) -> int:
         """Memory that exporting takes, reckoned; 0 where the headers do not say how many weights there are.
 
@@ -233,6 +243,8 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         findings.faults.append(
             f"--adapter-rank {options.adapter_rank}: must be from 0 (no adapters) to {MAX_ADAPTER_RANK}"
         )
+    if not options.text_adapters and not options.adapter_rank:
+        findings.faults.append("--no-text-adapters: goes with --adapter-rank; leave it out")
     if source.family.is_torch_alone and options.format is not ExportFormat.TORCH:
         findings.faults.append(
             f"--format {options.format}: this denoiser computes with complex numbers, which ONNX cannot express; use"
@@ -342,6 +354,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
             "max_outputs": MAX_OUTPUTS,
         },
         **({"adapters": room} if options.adapter_rank else {}),
+        **({"text_adapters": {**room, "targets": TEXT_TARGETS}} if plan.has_text_adapters else {}),
         **({"controls": [name for name, _ in options.controls]} if options.controls else {}),
         **({} if plan.image_prompt is None else {"image_prompt": plan.image_prompt.room}),
         "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},

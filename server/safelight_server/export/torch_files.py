@@ -70,6 +70,7 @@ def options_of(folder: Path, given: Manifest) -> ExportOptions:
         sampler=given.defaults.sampler.name,
         format=ExportFormat.TORCH,
         adapter_rank=0 if given.adapters is None else given.adapters.max_rank,
+        text_adapters=given.adapters is None or given.text_adapters is not None,
         controls=tuple((name, folder / CONTROLS / name) for name in given.controls),
         image_prompt=None if given.image_prompt is None else folder / IMAGE_PROMPT,
     )

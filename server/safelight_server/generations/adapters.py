@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, AdapterRoomError
+from safelight_server.catalog.adapters import AdapterFileError, AdapterRoomError
+from safelight_server.catalog.catalog import Catalog
 from safelight_server.domain.errors import FieldViolation, NotFoundError, UnavailableError
 from safelight_server.domain.request import Spec
-from safelight_server.engine.latents import RowAdapter
+from safelight_server.engine.adapters import PromptAdapter, RowAdapter
 
 RETRY_S = 1.0
 
 
-async def load_adapters(library: AdapterLibrary, spec: Spec) -> tuple[RowAdapter, ...]:
+async def load_adapters(catalog: Catalog, spec: Spec) -> tuple[RowAdapter, ...]:
     """The adapters of a spec, with their weights, which are read in a thread.
 
     Raises:
@@ -20,14 +21,19 @@ async def load_adapters(library: AdapterLibrary, spec: Spec) -> tuple[RowAdapter
         UnavailableError: those in use leave no memory for it.
     """
     found = []
+    room = catalog.get(spec.model).manifest.adapters
     for adapter in spec.adapters:
+        assert room is not None  # else validation refuses adapters
         try:
-            weights = await asyncio.to_thread(library.weights, spec.model, adapter.name, adapter.sha256)
+            weights = await asyncio.to_thread(catalog.adapters.weights, spec.model, adapter.name, adapter.sha256)
         except AdapterFileError as error:
             what = f"the adapter {adapter.name} {error}; ListModels shows those that there are"
             violation = FieldViolation("spec.adapters", what)
             raise NotFoundError(what, reason="ADAPTER_NOT_FOUND", violations=[violation]) from None
         except AdapterRoomError as error:
             raise UnavailableError(str(error), reason="TOO_MANY_ADAPTERS", retry_after_s=RETRY_S) from None
-        found.append(RowAdapter(weights, adapter.scale))
+        text = None
+        if weights.shape[1] > room.width:
+            text = PromptAdapter(weights[:, room.width :], adapter.scale, adapter.sha256)
+        found.append(RowAdapter(weights[:, : room.width], adapter.scale, text))
     return tuple(found)

@@ -33,9 +33,10 @@ from safelight_server.domain.events import Disposition, FinishReason, Origin
 from safelight_server.domain.picture import EncodedPicture, Pixels
 from safelight_server.domain.request import CacheMode, CachePolicy, Spec
 from safelight_server.domain.tensors import Embedding
+from safelight_server.engine.adapters import RowAdapter, prompt_adapters
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import ImagePrompt, InitImage, Job
-from safelight_server.engine.latents import RowAdapter, RowControl, Snapshot
+from safelight_server.engine.latents import RowControl, Snapshot
 from safelight_server.generations.adapters import load_adapters
 from safelight_server.generations.admission import Admission, AdmissionLimits
 from safelight_server.generations.execution import Execution, Executions
@@ -158,8 +159,8 @@ class Planner:
         except StoreError:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
-        adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
-        plans = await self._plan(generation, branched_from)
+        adapters = await load_adapters(self._catalog, generation.request.spec)
+        plans = await self._plan(generation, branched_from, adapters)
         if image is None and image_prompt is None and not adapters and not controls:
             return plans
         return [
@@ -178,10 +179,12 @@ class Planner:
             await self._images.load_image_prompt(tenant, spec, manifest.image_prompt),
         )
 
-    async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
+    async def _plan(
+        self, generation: Generation, branched_from: Generation | None, adapters: Sequence[RowAdapter]
+    ) -> list[OutputPlan]:
         if branched_from is not None:
-            return [await self._branch(generation, branched_from)]
-        queries = [self._query(generation, output.seed) for output in generation.outputs]
+            return [await self._branch(generation, branched_from, adapters)]
+        queries = [self._query(generation, output.seed, adapters) for output in generation.outputs]
         excluded = {query.name.exact for query in queries}
         for query in queries:
             query.excluded = excluded
@@ -233,7 +236,7 @@ class Planner:
         embeddings = await self._cache.embeddings(query)
         return replace(plan, wanted=replace(query, policy=plan.wanted.policy), embeddings=embeddings)
 
-    async def _branch(self, generation: Generation, source: Generation) -> OutputPlan:
+    async def _branch(self, generation: Generation, source: Generation, adapters: Sequence[RowAdapter]) -> OutputPlan:
         branch, spec = generation.request.branch, generation.request.spec
         assert branch is not None
         if branch.output_index >= len(source.outputs):
@@ -249,7 +252,7 @@ class Planner:
                 " so none of its steps are kept; branch from the generation that developed it"
             )
             raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
-        wanted = self._query(generation, spec.seeds[0])
+        wanted = self._query(generation, spec.seeds[0], adapters)
         name = self._query(source, output.seed).name
         snapshot = await self._cache.checkpoints.at_or_before(name.namespace.name, name.exact, branch.step)
         if snapshot is None:
@@ -259,12 +262,14 @@ class Planner:
         origin = Origin(Disposition.BRANCHED, num_steps_skipped=snapshot.step - spec.first_step)
         return OutputPlan(wanted, origin, None, snapshot, embeddings)
 
-    def _query(self, generation: Generation, seed: int) -> CacheQuery:
+    def _query(self, generation: Generation, seed: int, adapters: Sequence[RowAdapter] = ()) -> CacheQuery:
+        """The query of an output. Without its adapters it has the output's names, but finds no embeddings for it."""
         request = generation.request
         pipeline = self._catalog.get(request.spec.model)
         numerics = self._runtime.numerics_id(request.spec.model)
         name = self._cache.namespaces.output(generation.caller.tenant, pipeline, numerics, request.spec, seed)
-        return CacheQuery(name, pipeline, request.spec, request.encoding, request.cache, generation.name)
+        changes = tuple(adapter.key for adapter in prompt_adapters(adapters))
+        return CacheQuery(name, pipeline, request.spec, request.encoding, request.cache, generation.name, changes)
 
     # --- starting ---
 
@@ -316,13 +321,13 @@ class Planner:
         controls: tuple[RowControl, ...] = ()
         try:
             image, controls, image_prompt = await self._load_images(generation)
-            adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
+            adapters = await load_adapters(self._catalog, generation.request.spec)
         except (NotFoundError, UnavailableError) as error:
             fault = error
         except InvalidRequestError as error:  # this replica has other bounds than the one that accepted it
             fault = NotFoundError(error.message, reason="IMAGE_NOT_FOUND")
         for output, started in zip(generation.outputs, starts, strict=True):
-            wanted = self._query(generation, output.seed)
+            wanted = self._query(generation, output.seed, adapters)
             start, gone = None, False
             if started and output.reason is None:
                 start = await self._cache.checkpoints.get(self._start_key(generation, output, wanted))

@@ -22,6 +22,7 @@ from safelight_server.catalog.manifest import (
 from safelight_server.catalog.pixels import decoder_latent, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
+from safelight_server.engine.adapters import prompt_inputs
 from safelight_server.quantization.quality import Pictures
 from safelight_server.runtime import onnx
 from safelight_server.sampler import SamplerSpec, advance, compile_table, gaussian, guide
@@ -113,7 +114,10 @@ class OfflinePipeline:
     def _embeddings(self, texts: Sequence[str]) -> Mapping[str, FloatArray]:
         """What the text encoder makes of the texts, (B, ...) by output; each text is encoded once."""
         encode = self._calls[Component.TEXT_ENCODER]
-        once = {text: encode({"input_ids": np.array([self._tokenizer.encode(text).ids])}) for text in set(texts)}
+        text_room = self._pipeline.manifest.text_adapters
+        nothing = {} if text_room is None else prompt_inputs(text_room, [()])  # adapters change the denoiser alone here
+        ids = {text: np.array([self._tokenizer.encode(text).ids]) for text in set(texts)}
+        once = {text: encode({"input_ids": at, **nothing}) for text, at in ids.items()}
         names = self._pipeline.embedding_outputs
         return {name: np.concatenate([once[text][name] for text in texts]) for name in names}
 

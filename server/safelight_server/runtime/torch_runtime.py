@@ -195,9 +195,9 @@ class TorchRuntime:
         specs = [InputSpec(name, shape, name in config.ids) for name, shape in config.rows.items()]
         inputs = verification.at_sizes(specs, pipeline)
         bound = pipeline.max_rows.get(component, verification.WARM_UP_ROWS[-1])
-        device, room = self._devices[0], pipeline.manifest.adapters
+        device, rooms = self._devices[0], pipeline.manifest.adapter_rooms
         row_bytes = pipeline.manifest.components[component].row_bytes
-        if row_bytes and device.type == "cuda" and component is Component.DENOISER and room is not None:
+        if row_bytes and device.type == "cuda" and (room := rooms.get(component)) is not None:
             row_bytes += 4 * room.max_rank * room.width  # of adapters there is a row in the call, and one that stays
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         sharing = -(-self.num_instances // len(self._devices))
@@ -332,7 +332,7 @@ def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
 def _halved(pipeline: Pipeline, component: Component) -> frozenset[str]:
     """Inputs that may be given in a dtype of fewer bits: not the denoiser's numbers, which float16 cannot hold."""
     if component is not Component.DENOISER:
-        return frozenset({"latent", "image"})
+        return frozenset({"latent", "image", ADAPTER_WEIGHTS_SOURCE})
     sources = pipeline.manifest.inputs.items()
     features = (
         LATENT_SOURCE,

@@ -1,0 +1,150 @@
+"""Adapters that change the text encoder, from the request to the rows of both networks, with small ones on ONNX Runtime."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.domain.component import Component
+
+from tests.conftest import eventually
+from tests.integration.test_generate import all_at_once, collect, pixels
+from tests.integration.test_images import development
+from tests.support.adapters import matrices, text_matrices, write_adapter
+from tests.support.conditions import NAME, models_with_conditions, serving_conditions
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+DISPOSITIONS = pb.CacheResult
+KINDS = {"style": (1, 0), "word": (0, 2), "other": (0, 3), "both": (4, 4)}
+"""The seeds of an adapter's matrices for the denoiser and for the text encoder; 0: it does not change that."""
+
+
+def write_kind(folder: Path, name: str, of_denoiser: int, of_text: int) -> None:
+    given = matrices(2, of_denoiser) if of_denoiser else {}
+    write_adapter(folder, name, arrays=given | (text_matrices(2, of_text) if of_text else {}))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = models_with_conditions(tmp_path_factory.mktemp("text_adapters"))
+    for name, seeds in KINDS.items():
+        write_kind(folder / "adapters", name, *seeds)
+    return folder
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(models):
+    async with serving_conditions(models) as served:
+        yield served
+
+
+@pytest.fixture
+def encoded(server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each call of the text encoder."""
+    running, seen = server[0], []
+    run = running.runtime.run
+
+    async def counted(instance: int, model: str, component: Component, inputs: Mapping[str, Any]) -> Any:
+        if component is Component.TEXT_ENCODER:
+            seen.append(len(inputs["input_ids"]))
+        return await run(instance, model, component, inputs)
+
+    monkeypatch.setattr(running.runtime, "run", counted)
+    return seen
+
+
+def adapted(seed: int, prompt: str = "a red potion", cached: bool = False, **scales: float) -> pb.GenerateRequest:
+    message = development(seed, prompt=prompt)
+    message.spec.adapters.extend(pb.Adapter(name=name, scale=scale) for name, scale in scales.items())
+    if cached:
+        message.cache.mode = pb.CachePolicy.MODE_DEFAULT
+    return message
+
+
+async def idle(running) -> None:
+    await eventually(lambda: not (running.inspect().live or running.inspect().keeping))
+
+
+async def test_a_mixed_batch_has_the_bits_of_each_alone(server):
+    running, _, stub = server
+    kinds = [{}, {"style": 1.0}, {"word": 1.0}, {"word": 0.5}, {"other": 1.0}, {"both": 1.0}, {"word": 1, "other": 1}]
+    messages = [adapted(1, **kind) for kind in kinds]
+    messages[5].spec.guidance_scale = 1.0
+    together = await all_at_once(running, stub, messages)
+    assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
+    for message, events in zip(messages, together, strict=True):
+        assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))
+    assert len({pixels(events).tobytes() for events in together}) == len(messages)
+
+
+async def test_a_prompt_is_encoded_again_only_for_what_changes_the_text_encoder(server, encoded):
+    running, _, stub = server
+    prompt = "a wooden bow and a blue gem"
+
+    async def rows(**scales: float) -> int:
+        del encoded[:]
+        await collect(stub.Generate(adapted(2, prompt, cached=True, **scales)))
+        await idle(running)
+        return sum(encoded)
+
+    mean = len(running.catalog.get(NAME).manifest.example_prompts)
+    assert await rows() - mean in (1, 2), "the prompt, and the negative prompt where no test before had it"
+    assert await rows(style=1.0) == 0, "the denoiser alone is another"
+    assert await rows(word=1.0) == 2
+    assert await rows(word=1.0, style=0.5) == 0
+    assert await rows(word=0.5) == 2
+    assert await rows(both=1.0) == 2
+    assert await rows(word=0.5, both=1.0) == 2
+
+
+async def test_a_similar_picture_has_the_same_adapters(server, encoded):
+    """Prompts are compared without them: only pictures with equal adapters are candidates at all."""
+    running, _, stub = server
+    one, other = "a green shield with a star, icon", "green shield with star, icon"
+    await collect(stub.Generate(adapted(9, one, cached=True, word=0.8)))
+    await idle(running)
+    found = []
+    for scales in ({}, {"word": 0.7}, {"other": 0.8}, {"word": 0.8, "other": 0.8}, {"both": 0.8}, {"word": 0.8}):
+        message = adapted(10, one if "word" not in scales else other, **scales)
+        message.cache.CopyFrom(pb.CachePolicy(mode=pb.CachePolicy.MODE_ALLOW_SIMILAR, min_similarity=0.2))
+        events = await collect(stub.Generate(message))
+        found.append(events[-1].finished.cache_results[0].disposition)
+        await idle(running)
+    assert found == [DISPOSITIONS.DISPOSITION_MISS] * 5 + [DISPOSITIONS.DISPOSITION_SIMILAR]
+
+
+async def test_an_approximate_lookup_does_not_lend_its_embedding(server):
+    """It compares the prompt without adapters; the picture is drawn of the prompt with them."""
+    _, _, stub = server
+    alone = await collect(stub.Generate(adapted(11, "an orange ring", word=1.0)))
+    message = adapted(11, "an orange ring", word=1.0)
+    message.cache.CopyFrom(pb.CachePolicy(mode=pb.CachePolicy.MODE_ALLOW_LATENT))
+    assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(alone))
+
+
+async def test_an_adapter_that_is_replaced_has_other_embeddings(models, tmp_path):
+    folder = tmp_path / "adapters"
+    write_kind(folder, "word", *KINDS["word"])
+    async with serving_conditions(models, adapters_dir=folder) as (running, _, stub):
+
+        async def drawn(seed: int) -> np.ndarray:
+            return pixels(await collect(stub.Generate(adapted(seed, cached=True, word=1.0))))
+
+        first = await drawn(3)
+        await idle(running)
+        [known] = {file.sha256 for file in running.catalog.adapters.of(NAME).values()}
+        write_kind(folder, "word", *KINDS["other"])
+        await eventually(lambda: known not in {file.sha256 for file in running.catalog.adapters.of(NAME).values()})
+        second = await drawn(3)
+        await idle(running)
+        shutil.rmtree(folder / "word")
+        write_kind(folder, "word", *KINDS["word"])
+        await eventually(lambda: known in {file.sha256 for file in running.catalog.adapters.of(NAME).values()})
+        assert np.array_equal(await drawn(3), first)
+        assert not np.array_equal(first, second)
