@@ -23,9 +23,9 @@ from safelight_server.app.server import Running, serving
 from safelight_server.catalog import catalog, config_pbtxt
 from safelight_server.domain.component import Component
 from safelight_server.export import memory
-from safelight_server.export.adapters import GivenAdapters, layers_of
+from safelight_server.export.adapters import GivenAdapters, target_names
 from safelight_server.export.exporter import export, load_components, round_weights
-from safelight_server.export.plan import ExportFormat, ExportOptions
+from safelight_server.export.plan import AdapterLayers, ExportFormat, ExportOptions
 from safelight_server.export.source import ExportError
 from safelight_server.runtime import verification
 from safelight_server.runtime.base import StableRows
@@ -155,7 +155,7 @@ def made(kind: Kind, place: Path) -> Exported:
         config = pipeline.scheduler.config
         pipeline.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="leading")
     part = "unet" if sampler else "transformer"
-    every = layers_of(getattr(pipeline, part))
+    every = target_names(getattr(pipeline, part), AdapterLayers.BLOCKS)
     alphas = {"to_k": 2, "w2": 1, "proj_out": 1}
     wide = peft.LoraConfig(r=4, lora_alpha=3, target_modules=every, alpha_pattern=alphas, rank_pattern={"to_out.0": 3})
     write_adapter(pipeline, part, place / "adapters" / "wide", wide, 1)
