@@ -96,7 +96,7 @@ class Settings(BaseSettings):
         None, description="Folder of adapters (LoRA), watched for changes (docs/models.md). None: models_dir/adapters."
     )
     max_adapter_bytes: Count = Field(
-        256 << 20, description="Bytes of adapters' weights in memory, and of the file of an adapter."
+        1 << 30, description="Bytes of adapters' weights in memory, and of the file of an adapter."
     )
     default_model: str = Field(
         "",

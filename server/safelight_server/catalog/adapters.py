@@ -299,7 +299,7 @@ class AdapterLibrary:
         self,
         folder: Path | None = None,
         rooms: Mapping[str, AdapterRoom] | None = None,
-        max_bytes: int = 256 << 20,
+        max_bytes: int = 1 << 30,
         text_rooms: Mapping[str, AdapterRoom] | None = None,
     ) -> None:
         self._folder = folder
