@@ -204,11 +204,13 @@ def test_bills_have_a_table_that_only_the_archivers_role_writes(fleet, client):
     )
     assert allowed.keys() == {"CopyBills", "UseTheKeyThroughDynamoDB"}
     ec2 = client("ec2")
-    [endpoint] = [
-        each
-        for each in ec2.describe_vpc_endpoints()["VpcEndpoints"]
-        if each["ServiceName"] == "com.amazonaws.us-east-1.dynamodb"
-    ]
+    [vpc] = ec2.describe_vpcs(Filters=[{"Name": "tag:Name", "Values": ["safelight"]}])["Vpcs"]
+    here = [{"Name": "vpc-id", "Values": [vpc["VpcId"]]}]
+    endpoints = {
+        each["ServiceName"].rpartition(".")[2]: each
+        for each in ec2.describe_vpc_endpoints(Filters=here)["VpcEndpoints"]
+    }
+    endpoint = endpoints["dynamodb"]
     assert (endpoint["VpcEndpointType"], len(endpoint["RouteTableIds"])) == ("Gateway", 1)
 
 

@@ -335,6 +335,16 @@ def test_a_redis_that_lost_its_data_is_told_and_its_new_bills_are_copied(command
     ]
 
 
+def test_a_redis_whose_clock_is_behind_the_checkpoint_is_copied_too(command, stream, table):
+    stream.add(4 * AT_MS, "studio")
+    copied(archive(command, table))
+    stream.client.flushall()
+    stream.add(AT_MS, "lab")
+    ran = archive(command, table)
+    assert (ran.code, ran.out) == (2, f"copied 1 bills to {table}\n")
+    assert copied(archive(command, table)) == 0
+
+
 async def test_bills_that_redis_drops_during_a_run_are_told(stream, table, dynamodb, archived, monkeypatch):
     monkeypatch.setattr(bill_archive, "PAGE", 2)
     for number in range(8):
@@ -462,6 +472,11 @@ def test_what_is_wrong_is_said(command, stream, table, dynamodb, monkeypatch):
         assert ran.errors.startswith(f"safelight: {said}"), ran.errors
     dynamodb.hook = lambda *_: DENIED
     assert "AccessDeniedException" in command("--table", table).errors
+    dynamodb.hook = forwarded
+    with dynamodb.client() as client:
+        of_others = {"pk": {"S": "gaps"}, "sk": {"S": "east#1-0"}, "begin_ms": {"N": "1"}}
+        client.put_item(TableName=table, Item=of_others)
+    assert "pk 'gaps', sk 'east#1-0': `safelight bills archive` has not" in command("--table", table).errors
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     assert command("--table", table).errors == f"safelight: --table {table}: You must specify a region.\n"

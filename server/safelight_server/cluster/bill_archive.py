@@ -92,7 +92,7 @@ class BillArchive:
         return report
 
     async def _pages(self, after: str, until_ms: int) -> AsyncIterator[_Page]:
-        while place_order(after)[0] <= until_ms:
+        while True:
             lost = False
             if after == BEGINNING:
                 bills = await self._coordinator.bills(BEGINNING, PAGE)
@@ -103,7 +103,7 @@ class BillArchive:
                 bills = await self._coordinator.bills(BEGINNING, PAGE) if lost else bills[1:]
             if bills or lost:
                 yield _Page(after, bills, lost)
-            if not bills:
+            if not bills or place_order(bills[-1].place)[0] > until_ms:
                 return
             after = bills[-1].place
 

@@ -20,13 +20,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 
 from safelight_server.cluster.bills import Bill, open_bill
 from safelight_server.coordination.base import StreamEvent, place_order
-from safelight_server.storage.dynamodb import PARTITION, SORT, DynamoTable, Item
+from safelight_server.storage.dynamodb import PARTITION, SORT, DynamoTable, Item, TableError
 from safelight_server.storage.sealed import CorruptError, Sealer, UnreadableError
 
 DIRECTORY, GAPS, CHECKPOINT = "directory", "gaps", "checkpoint"
@@ -152,7 +153,9 @@ class Ledger:
                 lately = _Lately()
                 for item in items:
                     sealed.pop(item[SORT]["S"], None)  # copied once more, with a key file that has its key
-                    if not lately.has(item[SORT]["S"]):
+                    with _written_by_an_archive(item):
+                        is_twice = lately.has(item[SORT]["S"])
+                    if not is_twice:
                         yield _bill(item)
             for bill in map(self._unsealed, sealed.values()):
                 if bill is None or self._tenant in (None, bill.tenant):
@@ -167,7 +170,8 @@ class Ledger:
         found = []
         for item in self._table.query(GAPS, FIRST, LAST):
             deployment = item[SORT]["S"].partition("#")[0]
-            gap = Gap(deployment, int(item["begin_ms"]["N"]), int(item["end_ms"]["N"]))
+            with _written_by_an_archive(item):
+                gap = Gap(deployment, int(item["begin_ms"]["N"]), int(item["end_ms"]["N"]))
             begins_late = self._until_ms is not None and gap.begin_ms >= self._until_ms
             if self._deployment in (None, deployment) and gap.end_ms >= self._since_ms and not begins_late:
                 found.append(gap)
@@ -177,7 +181,9 @@ class Ledger:
         first = _time(self._since_ms)[:7]
         last = "" if self._until_ms is None else _time(self._until_ms - 1)[:7]
         for item in self._table.query(DIRECTORY, first, f"{last}{LAST}"):
-            entry = DirectoryEntry(*item[SORT]["S"].split("#"))
+            with _written_by_an_archive(item):
+                month, of_deployment, tenant = item[SORT]["S"].split("#")
+            entry = DirectoryEntry(month, of_deployment, tenant)
             if self._deployment in (None, entry.deployment) and (
                 self._tenant is None or entry.tenant in (self._tenant, SEALED_TENANT)
             ):
@@ -189,22 +195,35 @@ class Ledger:
         return _time(self._since_ms), LAST if self._until_ms is None else _time(self._until_ms)
 
     def _unsealed(self, item: Item) -> Bill | None:
+        with _written_by_an_archive(item):
+            data = bytes(item["sealed"]["B"])
         try:
-            return None if self._sealer is None else open_bill(self._sealer, bytes(item["sealed"]["B"]))[0]
+            return None if self._sealer is None else open_bill(self._sealer, data)[0]
         except (CorruptError, UnreadableError):
             return None
 
 
+@contextmanager
+def _written_by_an_archive(item: Item) -> Iterator[None]:
+    """Names the item if it has not what `bill_archive.py` writes."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        keys = f"{PARTITION} {item[PARTITION]['S']!r}, {SORT} {item[SORT]['S']!r}"
+        raise TableError(f"{keys}: `safelight bills archive` has not written this item") from error
+
+
 def _bill(item: Item) -> Bill:
-    return Bill(
-        tenant=item["tenant"]["S"],
-        generation=item["generation"]["S"],
-        rows=int(item["rows"]["N"]),
-        steps=int(item["steps"]["N"]),
-        compute_s=float(item["compute_s"]["N"]),
-        model_revision=item["model_revision"]["S"],
-        disposition=item["disposition"]["S"],
-    )
+    with _written_by_an_archive(item):
+        return Bill(
+            tenant=item["tenant"]["S"],
+            generation=item["generation"]["S"],
+            rows=int(item["rows"]["N"]),
+            steps=int(item["steps"]["N"]),
+            compute_s=float(item["compute_s"]["N"]),
+            model_revision=item["model_revision"]["S"],
+            disposition=item["disposition"]["S"],
+        )
 
 
 class _Lately:
