@@ -38,13 +38,14 @@ class DynamoTable:
 
     Args:
         name: of the table, or its ARN.
+        timeout_s: for connecting, and for each answer.
         sleep: waits that many seconds before what DynamoDB left out of a batch is sent again.
 
     Raises:
         TableError: boto3 is not installed, or it finds no region.
     """
 
-    def __init__(self, name: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, name: str, timeout_s: float = TIMEOUT_S, sleep: Callable[[float], None] = time.sleep) -> None:
         try:
             import boto3  # here, since the extra may be missing
             from botocore.config import Config
@@ -54,7 +55,7 @@ class DynamoTable:
         self._sleep = sleep
         # "standard" retries throttling and lost connections, with growing random waits. Every write may be repeated.
         retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
-        options = Config(retries=retries, connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S)
+        options = Config(retries=retries, connect_timeout=timeout_s, read_timeout=timeout_s)
         with _translated():
             self._client = boto3.client("dynamodb", config=options)
 
