@@ -419,6 +419,15 @@ def test_more_bills_than_an_answer_holds_are_all_read(command, stream, table, dy
     assert [one["pictures"] for one in command("--table", table, "--json").rows()] == [7]
 
 
+def test_a_table_is_named_by_its_arn_too(command, stream, table):
+    """As that of another account is."""
+    arn = f"arn:aws:dynamodb:us-east-1:123456789012:table/{table}"
+    stream.add(AT_MS, "studio")
+    assert copied(archive(command, arn)) == 1
+    assert copied(archive(command, table)) == 0
+    assert command("--table", arn, "--json") == command("--table", table, "--json") == command("--json")
+
+
 def test_deployments_share_a_table(command, stream, table):
     stream.add(AT_MS, "studio")
     copied(archive(command, table, "east"))
