@@ -1,4 +1,5 @@
-# The images: `gateway` is the server; `triton` is tritonserver on the CPU with the model repository; `scaler` is `safelight scaler`.
+# The images: `gateway` is the server; `triton` is tritonserver on the CPU with the model repository; `scaler` is `safelight scaler`;
+# `archiver` is `safelight bills archive`.
 # `make image` builds both where no registry is reached, on bases that deploy/image/base makes of Debian's packages.
 # Where one is: docker build --target gateway --build-arg BASE=python:3.11-slim-bookworm@sha256:... .
 ARG BASE=python:3.11-slim-bookworm
@@ -80,3 +81,21 @@ EXPOSE 8431
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["safelight"]
 CMD ["scaler"]
+
+# What `safelight bills archive` needs for DynamoDB.
+FROM gateway-build AS archiver-build
+COPY requirements-aws.lock ./
+RUN /opt/pip/bin/pip --python /opt/safelight/bin/python install --require-hashes --requirement requirements-aws.lock \
+    && find /opt/safelight -type d -name tests -prune -exec rm -r {} +
+
+FROM ${BASE} AS archiver
+RUN echo "safelight:x:10001:10001::/nonexistent:/usr/sbin/nologin" >> /etc/passwd \
+    && echo "safelight:x:10001:" >> /etc/group
+COPY --from=archiver-build /opt/safelight /opt/safelight
+ENV PATH=/opt/safelight/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["safelight"]
+CMD ["bills", "archive"]

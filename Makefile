@@ -245,6 +245,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
 	  pyproject.toml clients/python/pyproject.toml --extra scaler -c requirements-dev.lock -o requirements-scaler.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
+	  pyproject.toml clients/python/pyproject.toml --extra aws -c requirements-dev.lock -o requirements-aws.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  deploy/triton/requirements.in -o requirements-triton.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \

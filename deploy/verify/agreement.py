@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deploy.verify.cloudformation import parameters, resolved
@@ -21,6 +21,14 @@ _FLAGS = {
 _ENCRYPTION = "BucketEncryption.ServerSideEncryptionConfiguration.0"
 _STORAGE = "module.storage.aws_"
 _USERS = "module.users[0].aws_cognito_"
+_LEDGER = "module.ledger[0]."
+_OPTIONAL = (_USERS, _LEDGER)
+"""What a fleet may be without, by the beginning of its addresses in Terraform."""
+_ROLES = {
+    "server": ("ServerRole", "module.identity.module.server.aws_iam_role_policy.this"),
+    "archiver": ("ArchiverRole", f"{_LEDGER}module.archiver.aws_iam_role_policy.this"),
+}
+"""Roles whose policies are compared, with their logical ids and the addresses of their policies."""
 
 SAME: tuple[tuple[str, str, str, str], ...] = (
     ("module.key.aws_kms_key.this", "enable_key_rotation", "Key", "EnableKeyRotation"),
@@ -114,6 +122,19 @@ SAME: tuple[tuple[str, str, str, str], ...] = (
             ("resource_server.this", "ResourceServer", "identifier", "Identifier"),
         )
     ),
+    *(
+        (f"{_LEDGER}aws_dynamodb_table.bills", ours, "Bills", theirs)
+        for ours, theirs in (
+            ("name", "TableName"),
+            ("billing_mode", "BillingMode"),
+            ("hash_key", "KeySchema.0.AttributeName"),
+            ("range_key", "KeySchema.1.AttributeName"),
+            ("deletion_protection_enabled", "DeletionProtectionEnabled"),
+            ("point_in_time_recovery.0.enabled", "PointInTimeRecoverySpecification.PointInTimeRecoveryEnabled"),
+            ("server_side_encryption.0.enabled", "SSESpecification.SSEEnabled"),
+        )
+    ),
+    (f"{_LEDGER}module.archiver.aws_iam_role.this", "name", "ArchiverRole", "RoleName"),
 )
 """Values that both declare: Terraform's address and attribute, CloudFormation's logical id and property.
 
@@ -133,19 +154,25 @@ def disagreements(
     by_address = {each.address: each.values for each in planned}
     known = parameters(template, given)
     for address, ours, logical, theirs in SAME:
-        if address.startswith(_USERS) and not any(each.startswith(_USERS) for each in by_address):
-            continue  # the fleet has no user pool, and the stack needs none
+        if _is_left_out(address, by_address):
+            continue  # the fleet is without it, and the stack needs none
         values, resource = by_address.get(address), template["Resources"].get(logical)
         declared = ABSENT if values is None else _at(values, ours)
         other = ABSENT if resource is None else _at(resolved(resource["Properties"], known), theirs)
         for _, should, is_ in differences(declared, other):
             yield Drift(BETWEEN, f"{address} and {logical}", f"{ours} and {theirs}", should, is_)
-    declared = _actions(
-        _at(by_address.get('module.identity.module.server.aws_iam_role_policy.this["use"]', {}), "policy")
-    )
-    other = _actions(_at(template["Resources"].get("ServerRole", {}), "Properties.Policies.0.PolicyDocument"))
-    for path, should, is_ in differences(declared, other):
-        yield Drift(BETWEEN, "role server and ServerRole", path, should, is_)
+    for role, (logical, address) in _ROLES.items():
+        if _is_left_out(address, by_address):
+            continue
+        declared = _actions(_at(by_address.get(f'{address}["use"]', {}), "policy"))
+        other = _actions(_at(template["Resources"].get(logical, {}), "Properties.Policies.0.PolicyDocument"))
+        for path, should, is_ in differences(declared, other):
+            yield Drift(BETWEEN, f"role {role} and {logical}", path, should, is_)
+
+
+def _is_left_out(address: str, present: Iterable[str]) -> bool:
+    part = next((part for part in _OPTIONAL if address.startswith(part)), None)
+    return part is not None and not any(each.startswith(part) for each in present)
 
 
 def _at(value: Any, path: str) -> Any:

@@ -40,6 +40,7 @@ def image_drifts(values: Mapping[str, Any], session: Any) -> Iterator[Drift]:
         "image": values.get("image", {}),
         "triton.image": values.get("triton", {}).get("image", {}),
         "scaling.scaler.image": values.get("scaling", {}).get("scaler", {}).get("image", {}),
+        "bills.archive.image": values.get("bills", {}).get("archive", {}).get("image", {}),
     }
     parts = {path: image.get("repository", "").partition("/") for path, image in named.items()}
     in_ecr = {path: repository for path, (registry, _, repository) in parts.items() if ".dkr.ecr." in registry}

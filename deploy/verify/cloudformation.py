@@ -105,6 +105,8 @@ def stack_drifts(stack: str, template_file: Path, session: Any) -> Iterator[Drif
         read = READERS.get(resource["Type"])
         if read is None:
             continue
+        if not _is_wanted(template, resource, known):
+            continue
         if name not in physical:
             yield Drift(between, name, "", PRESENT, ABSENT)
             continue
@@ -125,6 +127,14 @@ def not_compared(template_file: Path) -> list[str]:
     """The resource types of a template that are not compared, since `READERS` has no function for them."""
     kinds = {each["Type"] for each in parsed(template_file.read_text())["Resources"].values()}
     return sorted(kinds - READERS.keys())
+
+
+def _is_wanted(template: Mapping[str, Any], resource: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether the resource has no condition, or one that holds. Each condition compares a parameter with a text."""
+    if "Condition" not in resource:
+        return True
+    left, right = (resolved(side, known) for side in template["Conditions"][resource["Condition"]]["Fn::Equals"])
+    return bool(left == right)
 
 
 def _is_missing(error: ClientError) -> bool:
@@ -292,6 +302,26 @@ def _file_system(session: Any, file_system: str) -> dict[str, Any]:
     return {"Encrypted": found["Encrypted"], "KmsKeyId": found.get("KmsKeyId", ABSENT)}
 
 
+def _table(session: Any, table: str) -> dict[str, Any]:
+    found = _call(session, "dynamodb", "describe_table", TableName=table)["Table"]
+    backups = _call(session, "dynamodb", "describe_continuous_backups", TableName=table)["ContinuousBackupsDescription"]
+    recovery = backups["PointInTimeRecoveryDescription"]["PointInTimeRecoveryStatus"]
+    encryption = found.get("SSEDescription", {})
+    return {
+        "BillingMode": found.get("BillingModeSummary", {}).get("BillingMode", "PROVISIONED"),
+        "AttributeDefinitions": found["AttributeDefinitions"],
+        "KeySchema": found["KeySchema"],
+        "GlobalSecondaryIndexes": found.get("GlobalSecondaryIndexes") or ABSENT,
+        "DeletionProtectionEnabled": bool(found.get("DeletionProtectionEnabled")),
+        "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": recovery == "ENABLED"},
+        "SSESpecification": {
+            "SSEEnabled": encryption.get("Status") == "ENABLED",
+            "SSEType": encryption.get("SSEType", ABSENT),
+            "KMSMasterKeyId": encryption.get("KMSMasterKeyArn", ABSENT),
+        },
+    }
+
+
 def _log_group(session: Any, name: str) -> dict[str, Any]:
     groups = _call(session, "logs", "describe_log_groups", logGroupNamePrefix=name)["logGroups"]
     found = next((group for group in groups if group["logGroupName"] == name), None)
@@ -309,6 +339,7 @@ READERS: Mapping[str, Callable[[Any, str], dict[str, Any]]] = {
     "AWS::ECR::Repository": _repository,
     "AWS::S3::Bucket": _bucket,
     "AWS::S3::BucketPolicy": _bucket_policy,
+    "AWS::DynamoDB::Table": _table,
     "AWS::EFS::FileSystem": _file_system,
     "AWS::IAM::Role": _role,
 }

@@ -83,6 +83,8 @@ def differences(declared: Any, deployed: Any, path: str = "", *, whole: bool = T
                 return
     if _number(declared) is not None and _number(declared) == _number(deployed):
         return  # a parameter is the string "90" where a service returns the number 90
+    if isinstance(declared, bool) != isinstance(deployed, bool) and str(declared).lower() == str(deployed).lower():
+        return  # likewise "true"
     yield path, declared, deployed
 
 

@@ -6,6 +6,7 @@ that nothing declares, so this module also looks for rules, policies, routes and
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -150,7 +151,8 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
     def of(*types: str) -> list[Resource]:
         return [each for kind in types for each in by_type.get(kind, ())]
 
-    ec2, iam, eks, cognito = (session.client(name) for name in ("ec2", "iam", "eks", "cognito-idp"))
+    services = ("ec2", "iam", "eks", "cognito-idp", "dynamodb")
+    ec2, iam, eks, cognito, dynamodb = called = [session.client(name) for name in services]
     try:
         rules = {
             each.values["id"]
@@ -181,6 +183,10 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
                 for found in page["UserPoolClients"]:
                     if found["ClientId"] not in clients:
                         yield Drift(BETWEEN, users.address, f"client {found['ClientName']}", ABSENT, PRESENT)
+        for table in of("aws_dynamodb_table"):
+            with contextlib.suppress(dynamodb.exceptions.PolicyNotFoundException):
+                dynamodb.get_resource_policy(ResourceArn=table.values["arn"])
+                yield Drift(BETWEEN, table.address, "policy", ABSENT, PRESENT)
         for cluster in of("aws_eks_cluster"):
             name = cluster.values["name"]
             pools = {
@@ -200,17 +206,17 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
             for subnet in ec2.describe_subnets(Filters=here)["Subnets"]:
                 if subnet["SubnetId"] not in subnets:
                     yield Drift(BETWEEN, vpc.address, f"subnet {subnet['SubnetId']}", ABSENT, subnet["CidrBlock"])
-        for table in of("aws_route_table"):
-            [described] = ec2.describe_route_tables(RouteTableIds=[table.values["id"]])["RouteTables"]
+        for routes in of("aws_route_table"):
+            [described] = ec2.describe_route_tables(RouteTableIds=[routes.values["id"]])["RouteTables"]
             for route in described["Routes"]:
                 gateway = route.get("GatewayId", "")
                 if gateway != "local" and not gateway.startswith("vpce-"):  # not those of the VPC and its endpoints
                     to = route.get("DestinationCidrBlock") or route.get("DestinationIpv6CidrBlock") or "?"
                     yield Drift(
-                        BETWEEN, table.address, f"route {to}", ABSENT, gateway or route.get("NatGatewayId") or PRESENT
+                        BETWEEN, routes.address, f"route {to}", ABSENT, gateway or route.get("NatGatewayId") or PRESENT
                     )
     finally:
-        for client in (ec2, iam, eks, cognito):
+        for client in called:
             client.close()
 
 

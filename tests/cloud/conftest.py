@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,35 +10,16 @@ import boto3
 import pytest
 
 from tests.support.fleet import PLUGINS, Fleet, NoProviderError, moto_environment
+from tests.support.moto_server import moto_server
 
 REGION = "us-east-1"
-SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(*server.get_host_and_port(), sep=":", flush=True)
-sys.stdin.read()
-server.stop()
-"""
-"""The program of moto's server: it prints its address, and ends when its standard input is closed."""
 
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """The address of moto's server, with AWS' managed policies; a process of its own, where warnings are not errors."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
-    )
-    assert server.stdin is not None and server.stdout is not None
-    with server:
-        yield f"http://{server.stdout.readline().strip()}"
-        server.stdin.close()  # it ends
+    """The address of moto's server, with AWS' managed policies."""
+    with moto_server(MOTO_IAM_LOAD_MANAGED_POLICIES="true") as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

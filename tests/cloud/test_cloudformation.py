@@ -27,6 +27,7 @@ ISSUER = "oidc.eks.us-east-1.amazonaws.com/id/0123456789"
 PARAMETERS = {
     "OidcProviderArn": f"arn:aws:iam::123456789012:oidc-provider/{ISSUER}",
     "OidcIssuer": ISSUER,
+    "Ledger": "true",
 }
 PSEUDO = {"AWS::Partition": "aws", "AWS::Region": "us-east-1", "AWS::AccountId": "123456789012"}
 
@@ -37,9 +38,9 @@ COMPLETED = {
     *((bucket, "PublicAccessBlockConfiguration") for bucket in ("Models", "Artifacts")),
     *((bucket, "OwnershipControls") for bucket in ("Models", "Artifacts")),
     *((bucket, "LifecycleConfiguration") for bucket in ("Models", "Artifacts")),
-    ("GatewayRepository", "ImageScanningConfiguration.ScanOnPush"),
-    ("TritonRepository", "ImageScanningConfiguration.ScanOnPush"),
-    ("ServerRole", "Policies.[use].PolicyDocument"),
+    *((f"{image}Repository", "ImageScanningConfiguration.ScanOnPush") for image in ("Gateway", "Triton", "Archiver")),
+    *((role, "Policies.[use].PolicyDocument") for role in ("ServerRole", "ArchiverRole")),
+    ("Bills", "PointInTimeRecoverySpecification.PointInTimeRecoveryEnabled"),
     ("FlowLogsRole", "Policies.[write].PolicyDocument"),
 }
 """Properties that moto's CloudFormation leaves out or keeps in another form, and that `complete` sets."""
@@ -47,10 +48,11 @@ LEFT_OUT = {
     ("ModelsPolicy", ""),
     ("ArtifactsPolicy", ""),
     ("FlowLogs", "KmsKeyId"),
-    *((repository, "EncryptionConfiguration.KmsKey") for repository in ("GatewayRepository", "TritonRepository")),
+    *(("Bills", f"SSESpecification.{name}") for name in ("SSEEnabled", "SSEType", "KMSMasterKeyId")),
     *(
-        (repository, "EncryptionConfiguration.EncryptionType")
-        for repository in ("GatewayRepository", "TritonRepository")
+        (f"{image}Repository", f"EncryptionConfiguration.{name}")
+        for image in ("Gateway", "Triton", "Archiver")
+        for name in ("KmsKey", "EncryptionType")
     ),
     *((group, "SecurityGroupIngress.Description") for group in ("EndpointsGroup", "EnginesGroup")),
 }
@@ -78,14 +80,15 @@ class Stack:
         return {(each.resource, each.attribute): (each.declared, each.deployed) for each in drifts}
 
 
-@pytest.fixture
-def stack(cloud, client, request) -> Stack:
-    """A new stack for each test. It is not deleted: moto cannot delete a VPC that is not empty."""
-    name = f"formed-{zlib.crc32(request.node.name.encode()):08x}"
+def created(client, name: str, **changes: str) -> Stack:
+    """A new stack, with changed parameters. It is not deleted: moto cannot delete a VPC that is not empty."""
     formation = client("cloudformation")
-    given = [{"ParameterKey": each, "ParameterValue": value} for each, value in (PARAMETERS | {"Name": name}).items()]
+    given = PARAMETERS | {"Name": name} | changes
     formation.create_stack(
-        StackName=name, TemplateBody=TEMPLATE.read_text(), Parameters=given, Capabilities=["CAPABILITY_NAMED_IAM"]
+        StackName=name,
+        TemplateBody=TEMPLATE.read_text(),
+        Parameters=[{"ParameterKey": each, "ParameterValue": value} for each, value in given.items()],
+        Capabilities=["CAPABILITY_NAMED_IAM"],
     )
     made = formation.describe_stack_resources(StackName=name)["StackResources"]
     ids = {each["LogicalResourceId"]: each["PhysicalResourceId"] for each in made if "PhysicalResourceId" in each}
@@ -93,6 +96,12 @@ def stack(cloud, client, request) -> Stack:
     policy = resolved(parsed(TEMPLATE.read_text())["Resources"]["Key"]["Properties"]["KeyPolicy"], PSEUDO)
     client("kms").put_key_policy(KeyId=ids["Key"], PolicyName="default", Policy=json.dumps(policy))
     return Stack(name, ids)
+
+
+@pytest.fixture
+def stack(cloud, client, request) -> Stack:
+    """A stack for each test."""
+    return created(client, f"formed-{zlib.crc32(request.node.name.encode()):08x}")
 
 
 def policy_of(iam, role: str) -> dict[str, Any]:
@@ -126,12 +135,16 @@ def complete(client, stack: Stack) -> None:
             made["NoncurrentVersionExpiration"] = rule["NoncurrentVersionExpiration"]
         s3.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [made]})
     s3.put_bucket_versioning(Bucket=stack.models, VersioningConfiguration={"Status": "Enabled"})
-    for repository in ("gateway", "triton"):
+    for repository in ("gateway", "triton", "archiver"):
         ecr.put_image_scanning_configuration(
             repositoryName=f"{stack.name}/{repository}", imageScanningConfiguration={"scanOnPush": True}
         )
-    for role, policy in ((stack.ids["ServerRole"], "use"), (stack.ids["FlowLogsRole"], "write")):
-        iam.put_role_policy(RoleName=role, PolicyName=policy, PolicyDocument=json.dumps(policy_of(iam, role)))
+    client("dynamodb").update_continuous_backups(
+        TableName=stack.ids["Bills"], PointInTimeRecoverySpecification={"PointInTimeRecoveryEnabled": True}
+    )
+    for role, policy in (("ServerRole", "use"), ("ArchiverRole", "use"), ("FlowLogsRole", "write")):
+        name = stack.ids[role]
+        iam.put_role_policy(RoleName=name, PolicyName=policy, PolicyDocument=json.dumps(policy_of(iam, name)))
 
 
 def test_cfn_lint_finds_nothing():
@@ -159,6 +172,8 @@ def test_the_services_have_what_the_template_says(stack, client):
         "ListEntries": "s3:ListBucket",
         "UseTheKeyThroughS3": ["kms:Decrypt", "kms:GenerateDataKey"],
     }
+    [copy, _] = policy_of(iam, f"{stack.name}-archiver")["Statement"]
+    assert copy["Action"] == ["dynamodb:BatchWriteItem", "dynamodb:GetItem", "dynamodb:PutItem"]
     [statement] = iam.get_role(RoleName=f"{stack.name}-server")["Role"]["AssumeRolePolicyDocument"]["Statement"]
     assert statement["Condition"]["StringEquals"][f"{ISSUER}:sub"] == "system:serviceaccount:pictures:safelight"
 
@@ -179,6 +194,11 @@ def test_what_moto_left_out_and_what_is_changed_by_hand_is_each_named(stack, cli
         GroupId=stack.ids["EnginesGroup"], IpProtocol="tcp", FromPort=22, ToPort=22, CidrIp="0.0.0.0/0"
     )
     ecr.delete_repository(repositoryName=f"{stack.name}/triton", force=True)
+    dynamodb = client("dynamodb")
+    dynamodb.update_table(TableName=stack.ids["Bills"], DeletionProtectionEnabled=False)
+    dynamodb.update_continuous_backups(
+        TableName=stack.ids["Bills"], PointInTimeRecoverySpecification={"PointInTimeRecoveryEnabled": False}
+    )
     after = stack.named()
     assert after.keys() - LEFT_OUT == {
         ("Key", "EnableKeyRotation"),
@@ -187,6 +207,8 @@ def test_what_moto_left_out_and_what_is_changed_by_hand_is_each_named(stack, cli
         ("ServerRole", "Policies.[more]"),
         ("EnginesGroup", "SecurityGroupIngress"),
         ("TritonRepository", ""),
+        ("Bills", "DeletionProtectionEnabled"),
+        ("Bills", "PointInTimeRecoverySpecification.PointInTimeRecoveryEnabled"),
     }
     assert after["Key", "EnableKeyRotation"] == (True, False)
     assert after["TritonRepository", ""] == (PRESENT, ABSENT)
@@ -204,6 +226,12 @@ def test_what_no_reader_knows_is_said():
     kinds = {each["Type"] for each in parsed(TEMPLATE.read_text())["Resources"].values()}
     assert set(not_compared(TEMPLATE)) == kinds - READERS.keys()
     assert {"AWS::S3::Bucket", "AWS::IAM::Role", "AWS::KMS::Key"} <= kinds & READERS.keys()
+
+
+def test_a_stack_without_a_ledger_has_no_table_and_misses_none(cloud, client):
+    stack = created(client, "formed-without", Ledger="false")
+    assert not {"Bills", "ArchiverRole", "ArchiverRepository", "DynamoDbEndpoint"} & stack.ids.keys()
+    assert not {name for name, _ in stack.named() if name.startswith(("Bills", "Archiver"))}
 
 
 def test_functions_of_templates():

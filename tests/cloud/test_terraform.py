@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from safelight_server.cluster.bills import Bill
+from safelight_server.cluster.ledger import Ledger, bill_item, entry_of
+from safelight_server.coordination.base import StreamEvent
+from safelight_server.storage.dynamodb import PARTITION, SORT, DynamoTable
 
 ROOT = Path(__file__).parent.parent.parent
 HELM = ROOT / ".tools" / "helm"
@@ -175,6 +180,54 @@ def test_the_servers_role_is_the_service_accounts_and_may_only_what_the_server_d
     assert nodes == {"AmazonEKSWorkerNodePolicy", "AmazonEC2ContainerRegistryPullOnly"}
 
 
+def test_bills_have_a_table_that_only_the_archivers_role_writes(fleet, client):
+    dynamodb, iam = client("dynamodb"), client("iam")
+    table = dynamodb.describe_table(TableName="safelight-bills")["Table"]
+    assert [(key["AttributeName"], key["KeyType"]) for key in table["KeySchema"]] == [
+        (PARTITION, "HASH"),
+        (SORT, "RANGE"),
+    ]
+    assert table["BillingModeSummary"]["BillingMode"] == "PAY_PER_REQUEST"
+    assert table["DeletionProtectionEnabled"]
+    assert table["SSEDescription"]["SSEType"] == "KMS" and ":key/" in table["SSEDescription"]["KMSMasterKeyArn"]
+    backups = dynamodb.describe_continuous_backups(TableName="safelight-bills")["ContinuousBackupsDescription"]
+    assert backups["PointInTimeRecoveryDescription"]["PointInTimeRecoveryStatus"] == "ENABLED"
+    [trust] = iam.get_role(RoleName="safelight-archiver")["Role"]["AssumeRolePolicyDocument"]["Statement"]
+    [subject] = [value for name, value in trust["Condition"]["StringEquals"].items() if name.endswith(":sub")]
+    assert subject == "system:serviceaccount:pictures:safelight-archiver"
+    [name] = iam.list_role_policies(RoleName="safelight-archiver")["PolicyNames"]
+    statements = iam.get_role_policy(RoleName="safelight-archiver", PolicyName=name)["PolicyDocument"]["Statement"]
+    allowed = {each["Sid"]: (each["Action"], each["Resource"]) for each in statements}
+    assert allowed["CopyBills"] == (
+        ["dynamodb:BatchWriteItem", "dynamodb:GetItem", "dynamodb:PutItem"],
+        table["TableArn"],
+    )
+    assert allowed.keys() == {"CopyBills", "UseTheKeyThroughDynamoDB"}
+    ec2 = client("ec2")
+    [vpc] = ec2.describe_vpcs(Filters=[{"Name": "tag:Name", "Values": ["safelight"]}])["Vpcs"]
+    here = [{"Name": "vpc-id", "Values": [vpc["VpcId"]]}]
+    endpoints = {
+        each["ServiceName"].rpartition(".")[2]: each
+        for each in ec2.describe_vpc_endpoints(Filters=here)["VpcEndpoints"]
+    }
+    endpoint = endpoints["dynamodb"]
+    assert (endpoint["VpcEndpointType"], len(endpoint["RouteTableIds"])) == ("Gateway", 1)
+
+
+def test_bills_are_copied_to_the_table_and_read_from_it(fleet, endpoint, monkeypatch):
+    """What the module makes is what the command needs."""
+    for name, value in fleet.environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    bill = Bill("studio", "generations/a", 2, 1, 0.5, "icons/1", "miss")
+    event = StreamEvent("1767225600000-0", b"sealed")
+    entry = entry_of("east", event, bill)
+    with contextlib.closing(DynamoTable(fleet.succeed("output", "-raw", "bills_table").strip())) as table:
+        table.write([entry.item()])
+        table.write([bill_item(entry, event, bill)])
+        assert list(Ledger(table).bills()) == [bill]
+
+
 def test_the_chart_takes_its_values(fleet, tmp_path):
     values = tmp_path / "values.auto.yaml"
     values.write_text(fleet.succeed("output", "-raw", "helm_values"))
@@ -194,16 +247,23 @@ def test_the_chart_takes_its_values(fleet, tmp_path):
         "--values",
         values,
         "--set",
-        f"image.digest={DIGEST},triton.image.digest={DIGEST}",
+        f"image.digest={DIGEST},triton.image.digest={DIGEST},bills.archive.image.digest={DIGEST}",
         "--set-file",
         f"models.sha256sums={sums}",
     ]
     made = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
-    objects = {each["kind"]: each for each in yaml.safe_load_all(made.stdout) if each and each["kind"] != "Pod"}
-    role = "arn:aws:iam::123456789012:role/safelight-server"
-    assert objects["ServiceAccount"]["metadata"]["annotations"] == {"eks.amazonaws.com/role-arn": role}
-    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    all_objects = [each for each in yaml.safe_load_all(made.stdout) if each]
+    objects = {(each["kind"], each["metadata"]["name"]): each for each in all_objects}
+    for account, name in (("safelight", "server"), ("safelight-archiver", "archiver")):
+        role = f"arn:aws:iam::123456789012:role/safelight-{name}"
+        found = objects["ServiceAccount", account]["metadata"]["annotations"]
+        assert found == {"eks.amazonaws.com/role-arn": role}
+    job = objects["CronJob", "safelight-archiver"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    environment = {each["name"]: each.get("value") for each in job["containers"][0]["env"]}
+    assert environment["SAFELIGHT_BILLS_TABLE"] == "safelight-bills"
+    assert (environment["SAFELIGHT_DEPLOYMENT"], environment["AWS_DEFAULT_REGION"]) == ("safelight", "us-east-1")
+    pod = objects["Deployment", "safelight"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-40GB"}, "what a p4d.24xlarge has"
     assert {each["key"] for each in pod["tolerations"]} == {"nvidia.com/gpu", "safelight/spot"}
     [gateway] = pod["containers"]

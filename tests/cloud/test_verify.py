@@ -1,4 +1,4 @@
-"""deploy/verify finds no difference in a new fleet, and finds each of twelve manual changes.
+"""deploy/verify finds no difference in a new fleet, and finds each manual change.
 
 These tests change the fleet that the other modules use; pytest runs them after those.
 """
@@ -41,7 +41,7 @@ def kind(drift: dict[str, Any]) -> tuple[str, str]:
     return drift["resource"].partition("[")[0].split(".")[-2], drift["attribute"]
 
 
-def test_twelve_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp_path):
+def test_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp_path):
     whole = ["--terraform", fleet.folder, "--var-file", fleet.variables, "--template", TEMPLATE]
     _, before = found(capsys, *whole)
     assert {kind(each) for each in before} == MOTO
@@ -83,6 +83,18 @@ def test_twelve_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp
     )
     cognito.create_user_pool_client(UserPoolId=users, ClientName="just-for-now")
 
+    dynamodb = client("dynamodb")
+    table = dynamodb.update_table(TableName="safelight-bills", DeletionProtectionEnabled=False)["TableDescription"]
+    dynamodb.update_continuous_backups(
+        TableName="safelight-bills", PointInTimeRecoverySpecification={"PointInTimeRecoveryEnabled": False}
+    )
+    statement = {"Effect": "Allow", "Principal": "*", "Action": "dynamodb:Scan", "Resource": table["TableArn"]}
+    anybody = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    dynamodb.put_resource_policy(ResourceArn=table["TableArn"], Policy=anybody)
+    delete = {"Effect": "Allow", "Action": "dynamodb:DeleteItem", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [delete]})
+    iam.put_role_policy(RoleName="safelight-archiver", PolicyName="tidy", PolicyDocument=policy)
+
     status, after = found(capsys, *whole)
     named = {
         (each["resource"], each["attribute"]): (each["declared"], each["deployed"])
@@ -115,6 +127,10 @@ def test_twelve_changes_by_hand_are_each_named(fleet, cloud, client, capsys, tmp
             scopes,
         ),
         ("module.users[0].aws_cognito_user_pool.this", "client just-for-now"): (ABSENT, PRESENT),
+        ("module.ledger[0].aws_dynamodb_table.bills", "deletion_protection_enabled"): (True, False),
+        ("module.ledger[0].aws_dynamodb_table.bills", "point_in_time_recovery.enabled"): (True, False),
+        ("module.ledger[0].aws_dynamodb_table.bills", "policy"): (ABSENT, PRESENT),
+        ("module.ledger[0].module.archiver.aws_iam_role.this", "policy tidy"): (ABSENT, PRESENT),
     }
 
 
@@ -131,7 +147,9 @@ def test_values_that_are_not_terraforms_are_named(fleet, cloud, capsys, tmp_path
     }
     status, after = found(capsys, "--values", file)
     assert status == 1
-    assert {(each["attribute"], each["deployed"]) for each in after} == {("image", ABSENT), ("triton.image", ABSENT)}
+    assert {(each["attribute"], each["deployed"]) for each in after} == {
+        (image, ABSENT) for image in ("image", "triton.image", "bills.archive.image")
+    }
     assert "serviceAccount" in differing
 
 
@@ -147,6 +165,12 @@ def test_what_terraform_and_cloudformation_say_differently_is_named(fleet, cloud
         "s3:*"
     )
     del template["Resources"]["TritonRepository"]
+    template["Resources"]["Bills"]["Properties"]["PointInTimeRecoverySpecification"]["PointInTimeRecoveryEnabled"] = (
+        False
+    )
+    template["Resources"]["ArchiverRole"]["Properties"]["Policies"][0]["PolicyDocument"]["Statement"][0]["Action"] = (
+        "dynamodb:*"
+    )
     said = {
         (each.resource.rpartition(" ")[2], each.attribute.rpartition(" ")[2], each.deployed)
         for each in agreement.disagreements(planned, template, {})
@@ -154,6 +178,13 @@ def test_what_terraform_and_cloudformation_say_differently_is_named(fleet, cloud
     assert ("Artifacts", "LifecycleConfiguration.Rules.0.Transitions.0.StorageClass", "GLACIER") in said
     assert ("ServerRole", "ReadModels.Action", "s3:*") in said
     assert {each[2] for each in said if each[0] == "TritonRepository"} == {ABSENT}
+    assert ("Bills", "PointInTimeRecoverySpecification.PointInTimeRecoveryEnabled", False) in said
+    assert ("ArchiverRole", "CopyBills.Action", "dynamodb:*") in said
+    less = [each for each in planned if not each.address.startswith("module.ledger")]
+    found_now = {each.resource.rpartition(" ")[2] for each in agreement.disagreements(less, template, {})}
+    assert found_now == {"Artifacts", "ServerRole", "TritonRepository"}, (
+        "a fleet without a ledger needs none in the template"
+    )
 
 
 def test_without_a_plan_it_says_why(cloud, tmp_path, capsys):
@@ -174,6 +205,8 @@ def test_how_values_are_compared():
     assert list(differences('{"a": 1}', '{ "a":1 }')) == []
     assert list(differences({"a": UNRESOLVED}, {"a": "id-1"})) == []
     assert list(differences(90, "90")) == []
+    assert list(differences(True, "true")) == []
+    assert list(differences(False, "true")) == [("", False, "true")]
     assert list(differences(True, 1.0)) == []  # equal in Python
     assert list(differences({"a": 1}, {"a": 1, "b": 2}, whole=False)) == []
     assert list(differences({"a": 1}, {"a": 1, "b": 2})) == [("b", ABSENT, 2)]

@@ -71,6 +71,8 @@ def pod_specs(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for each in objects:
         if each["kind"] == "Deployment":
             yield each["spec"]["template"]["spec"]
+        elif each["kind"] == "CronJob":
+            yield each["spec"]["jobTemplate"]["spec"]["template"]["spec"]
         elif each["kind"] == "Pod":
             yield each["spec"]
 
@@ -83,14 +85,10 @@ def environment(container: dict[str, Any]) -> dict[str, Any]:
     return {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_every_profile_is_linted_and_valid_in_every_version(tmp_path, profile):
-    linted = helm("lint", "--strict", CHART, *given(tmp_path, profile))
-    assert linted.returncode == 0, linted.stdout + linted.stderr
-    objects = rendered(tmp_path, profile)
-    known = [each for each in objects if each["kind"] not in UNKNOWN_KINDS]
-    manifest = tmp_path / "manifest.yaml"
-    manifest.write_text(yaml.safe_dump_all(known))
+def assert_valid(folder: Path, objects: list[dict[str, Any]]) -> None:
+    """Asserts that the schemas of all versions of Kubernetes admit the objects."""
+    manifest = folder / "manifest.yaml"
+    manifest.write_text(yaml.safe_dump_all(each for each in objects if each["kind"] not in UNKNOWN_KINDS))
     for version in VERSIONS:
         checked = subprocess.run(
             [VALIDATE, "--strict", "--kubernetes-version", version, manifest],
@@ -101,11 +99,9 @@ def test_every_profile_is_linted_and_valid_in_every_version(tmp_path, profile):
         assert checked.returncode == 0, f"{version}: {checked.stdout}{checked.stderr}"
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_every_pod_is_restricted_and_pinned(tmp_path, profile):
-    specs = list(pod_specs(rendered(tmp_path, profile)))
-    assert len(specs) == (4 if profile == "to-zero" else 2)
-    for spec in specs:
+def assert_restricted(objects: list[dict[str, Any]]) -> None:
+    """Asserts what every pod has: no token, no rights, a pinned image, bounded memory."""
+    for spec in pod_specs(objects):
         assert spec["automountServiceAccountToken"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -117,6 +113,20 @@ def test_every_pod_is_restricted_and_pinned(tmp_path, profile):
             assert "@sha256:" in container["image"]
             assert container["resources"]["requests"].keys() == {"cpu", "memory"}
             assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_is_linted_and_valid_in_every_version(tmp_path, profile):
+    linted = helm("lint", "--strict", CHART, *given(tmp_path, profile))
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+    assert_valid(tmp_path, rendered(tmp_path, profile))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_pod_is_restricted_and_pinned(tmp_path, profile):
+    objects = rendered(tmp_path, profile)
+    assert len(list(pod_specs(objects))) == (4 if profile == "to-zero" else 2)
+    assert_restricted(objects)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -209,6 +219,75 @@ def test_with_mtls_the_activator_wants_certificates_and_has_one(tmp_path):
     assert (mounts["client-ca"], mounts["client"]) == ("/etc/safelight/client-ca", "/etc/safelight/client")
     volumes = {each["name"]: each.get("secret", {}).get("secretName") for each in spec["volumes"]}
     assert (volumes["client-ca"], volumes["client"]) == ("client-authority", "activator-client")
+
+
+def archive(**changes: Any) -> dict[str, Any]:
+    """The values for the job that copies bills."""
+    image = {"repository": "registry.example/archiver", "digest": "sha256:" + "4" * 64}
+    return {"archive": {"enabled": True, "table": "safelight-bills", "image": image} | changes}
+
+
+def test_bills_are_archived_by_one_job_at_a_time(tmp_path):
+    """It has the Redis and the keys of the replicas, a service account of its own, and may call what they may call."""
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/safelight-archiver"}
+    given_values = {"serviceAccount": {"annotations": role}, "region": "eu-west-1", "environmentSecret": "aws"}
+    objects = rendered(tmp_path, "cpu", bills=archive(**given_values), networkPolicy={"egressPorts": [6379, 443]})
+    job = one(objects, "CronJob", "safelight-archiver")["spec"]
+    assert (job["concurrencyPolicy"], job["timeZone"], job["schedule"]) == ("Forbid", "Etc/UTC", "17 * * * *")
+    run = job["jobTemplate"]["spec"]
+    assert run["backoffLimit"] == 0, "a second try would hide what the first one told"
+    spec = run["template"]["spec"]
+    assert (spec["restartPolicy"], spec["serviceAccountName"]) == ("Never", "safelight-archiver")
+    assert one(objects, "ServiceAccount", "safelight-archiver")["metadata"]["annotations"] == role
+    [container] = spec["containers"]
+    assert container["args"] == ["bills", "archive"]
+    found = environment(container)
+    replica = environment(one(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0])
+    for name in ("SAFELIGHT_REDIS_URL", "SAFELIGHT_CACHE_KEY_FILE"):
+        assert found[name] == replica[name]
+    assert (found["SAFELIGHT_BILLS_TABLE"], found["SAFELIGHT_DEPLOYMENT"]) == ("safelight-bills", "studio.safelight")
+    assert found["AWS_DEFAULT_REGION"] == "eu-west-1" and "AWS_ENDPOINT_URL_DYNAMODB" not in found
+    assert container["envFrom"] == [{"secretRef": {"name": "aws"}}]
+    assert found["SAFELIGHT_CACHE_KEY_FILE"].startswith(container["volumeMounts"][1]["mountPath"])
+    labels = run["template"]["metadata"]["labels"]
+    allowed = policy(objects, "safelight-archiver")
+    assert allowed["podSelector"]["matchLabels"].items() <= labels.items()
+    assert {port["port"] for port in allowed["egress"][0]["ports"]} == {53, 6379, 443}
+    assert "ingress" not in allowed and allowed["policyTypes"] == ["Ingress", "Egress"]
+    for selecting in (policy(objects)["podSelector"]["matchLabels"], one(objects, "Service")["spec"]["selector"]):
+        assert not selecting.items() <= labels.items(), "no calls are sent to it"
+    assert not [each for each in rendered(tmp_path, "cpu") if each["metadata"]["name"] == "safelight-archiver"]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "triton-cpu"])
+def test_the_job_is_linted_valid_in_every_version_and_restricted(tmp_path, profile):
+    linted = helm("lint", "--strict", CHART, *given(tmp_path, profile, bills=archive()))
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+    objects = rendered(tmp_path, profile, bills=archive())
+    assert_restricted(objects)
+    assert_valid(tmp_path, objects)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"bills": archive(table="")}, "bills.archive.enabled needs bills.archive.table and bills.archive.image"),
+        ({"bills": archive(image={})}, "bills.archive.enabled needs bills.archive.table and bills.archive.image"),
+        ({"bills": archive(schedule="hourly")}, "schedule"),
+        ({"bills": archive(deployment="a b")}, "deployment"),
+        ({"bills": archive(deployments="a")}, "deployments"),
+    ],
+)
+def test_a_job_that_could_not_run_is_refused(tmp_path, values, said):
+    made = helm("template", "safelight", CHART, *given(tmp_path, "cpu", **values))
+    assert made.returncode != 0 and said in made.stderr
+
+
+def test_a_job_without_redis_or_with_too_long_a_name_is_refused(tmp_path):
+    made = helm("template", "safelight", CHART, *given(tmp_path, "trial", bills=archive()))
+    assert "bills.archive.enabled needs redis.url or redis.secret" in made.stderr
+    made = helm("template", "safelight" * 5, CHART, *given(tmp_path, "cpu", bills=archive()), "--namespace", "n" * 30)
+    assert "bills.archive.deployment is needed" in made.stderr
 
 
 def test_keda_asks_the_scaler(tmp_path):

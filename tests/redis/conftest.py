@@ -8,12 +8,15 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from safelight_server.cli import bills as bill_commands
 from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.storage.breaker import Breaker
 from safelight_server.storage.clock import SharedClock
 from safelight_server.storage.redis import RedisConnection
 
+from tests.support.bills import Ran, Stream, run_command
 from tests.support.redis_server import RedisServer
+from tests.support.replicas import key_file
 
 BUCKET = "pictures"
 CREDENTIALS = ("id", "secret")
@@ -80,3 +83,25 @@ def make_bucket(endpoint: str) -> None:
     )
     client.create_bucket(Bucket=BUCKET)
     client.close()
+
+
+@pytest.fixture
+def command(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """Runs `safelight bills` in this process."""
+    given = {"SAFELIGHT_REDIS_URL": redis_server.url, "SAFELIGHT_CACHE_KEY_FILE": key_file(tmp_path), "COLUMNS": 120}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(
+        bill_commands, "configure_logging", lambda *_: None
+    )  # it must not change the logging of other tests
+
+    return lambda *arguments: run_command(monkeypatch, capfd, "bills", *arguments)
+
+
+@pytest.fixture
+def stream(redis_server: RedisServer, tmp_path: Path) -> Iterator[Stream]:
+    made = Stream(redis_server, key_file(tmp_path))
+    yield made
+    made.client.close()

@@ -8,84 +8,23 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import redis
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.api.identity import new_key
-from safelight_server.cli import bills as commands
-from safelight_server.cli.main import main
 from safelight_server.coordination.redis import BILLS
-from safelight_server.storage.keyring import Keyring, new_key_file
-from safelight_server.storage.sealed import Entry, Sealer
+from safelight_server.storage.keyring import new_key_file
 
 from tests.integration.test_cache import kept
 from tests.redis.test_ownership import servers
 from tests.redis.test_replicas import BYPASS, request
-from tests.support.redis_server import RedisServer
+from tests.support.bills import Ran
 from tests.support.replicas import bills, collect, key_file
 
 STEPS = 3
 DAY_MS = 86_400_000
 AT_MS = 1_767_225_600_000
 """2026-01-01, UTC."""
-
-
-@dataclass
-class Ran:
-    """The outcome of a command."""
-
-    code: int
-    out: str
-    errors: str
-
-    def rows(self) -> list[dict[str, object]]:
-        assert (self.code, self.errors) == (0, "")
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Command = Callable[..., Ran]
-
-
-@pytest.fixture
-def command(redis_server, tmp_path, monkeypatch, capfd) -> Command:
-    """Runs `safelight bills` in this process."""
-    given = {"SAFELIGHT_REDIS_URL": redis_server.url, "SAFELIGHT_CACHE_KEY_FILE": key_file(tmp_path), "COLUMNS": 120}
-    for name, value in given.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(commands, "configure_logging", lambda *_: None)  # it must not change the logging of other tests
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["safelight", "bills", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return Ran(ended.value.code, *capfd.readouterr())
-
-    return run
-
-
-class Stream:
-    """Writes bills with chosen times."""
-
-    def __init__(self, server: RedisServer, keys: Path) -> None:
-        self.client = redis.Redis.from_url(server.url)
-        self.keys = keys
-
-    def add(self, at_ms: int, tenant: str, until_s: float = 4e9, keys: Path | None = None, **facts: object) -> None:
-        bill = {"tenant": tenant, "generation": "generations/a", "rows": 2, "steps": 1, "compute_s": 0.5} | facts
-        sealed = Sealer(Keyring.load(keys or self.keys)).seal("bill", Entry(json.dumps(bill).encode()), until_s)
-        self.client.xadd(BILLS, {"d": sealed}, id=f"{at_ms}-*")
-
-
-@pytest.fixture
-def stream(redis_server: RedisServer, tmp_path: Path) -> Iterator[Stream]:
-    made = Stream(redis_server, key_file(tmp_path))
-    yield made
-    made.client.close()
 
 
 async def test_the_bills_of_a_server_are_summed_by_tenant_model_and_beginning(redis_server, tmp_path):

@@ -34,6 +34,7 @@ monthly_budget_usd = 0
 addons             = []
 collect_logs       = false
 redis_node_type    = ""
+ledger             = true
 applications       = { studio = ["generate"], operators = ["generate", "admin"] }
 """
 

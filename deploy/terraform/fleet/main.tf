@@ -60,6 +60,7 @@ module "network" {
   zones       = var.zones
   kms_key_arn = module.key.arn
   log_days    = var.log_days
+  dynamodb    = var.ledger
   # Nodes use ec2, ecr and eks. Roles of pods: sts. The autoscaler: autoscaling. Engines: elasticfilesystem. Logs: logs, monitoring.
   # Load balancers: elasticloadbalancing. The user pool's keys: cognito-idp.
   endpoints = concat([
@@ -75,6 +76,7 @@ module "storage" {
   subnet_ids  = module.network.subnet_ids
   kms_key_arn = module.key.arn
   cache_days  = var.cache_days
+  images      = concat(["gateway", "triton"], var.ledger ? ["archiver"] : [])
 }
 
 module "cluster" {
@@ -112,6 +114,17 @@ module "identity" {
   models_bucket_arn    = module.storage.buckets["models"].arn
   artifacts_bucket_arn = module.storage.buckets["artifacts"].arn
   kms_key_arn          = module.key.arn
+}
+
+module "ledger" {
+  count               = var.ledger ? 1 : 0
+  source              = "../modules/ledger"
+  name                = var.name
+  kms_key_arn         = module.key.arn
+  deletion_protection = var.ledger_deletion_protection
+  oidc_provider       = module.cluster.oidc_provider
+  namespace           = var.namespace
+  service_account     = "${var.service_account}-archiver"
 }
 
 module "users" {

@@ -1,6 +1,6 @@
 locals {
   # The values that the chart's profile gpu.yaml leaves open, or has placeholders for. `helm` merges it over the profile.
-  helm_values = {
+  helm_values = merge({
     image          = { repository = module.storage.repository_urls["gateway"] }
     serviceAccount = { annotations = { "eks.amazonaws.com/role-arn" = module.identity.role_arns["server"] } }
     nodeSelector   = local.gpu_labels
@@ -20,6 +20,19 @@ locals {
         url        = var.models_release == "" ? "" : "s3://${module.storage.buckets["models"].name}/${var.models_release}"
         sha256sums = ""
       } : key => value if key == "url" || var.models_release == ""
+    }
+  }, local.bills)
+
+  bills = {
+    for ledger in module.ledger : "bills" => {
+      archive = {
+        enabled        = true
+        table          = ledger.table
+        region         = var.region
+        deployment     = var.name
+        image          = { repository = module.storage.repository_urls["archiver"] }
+        serviceAccount = { annotations = { "eks.amazonaws.com/role-arn" = ledger.role_arn } }
+      }
     }
   }
 
@@ -79,13 +92,18 @@ output "cluster_name" {
 }
 
 output "repository_urls" {
-  description = "Where to push the images gateway and triton."
+  description = "Where to push the images gateway and triton, and archiver with a ledger."
   value       = module.storage.repository_urls
 }
 
 output "models_bucket" {
   description = "Where to put models."
   value       = module.storage.buckets["models"].name
+}
+
+output "bills_table" {
+  description = "For: safelight bills --table. Empty: there is none."
+  value       = length(module.ledger) == 0 ? "" : module.ledger[0].table
 }
 
 output "redis_address" {

@@ -177,6 +177,18 @@ variable "service_account" {
   }
 }
 
+variable "ledger" {
+  description = "Whether there is a table of DynamoDB in which bills are kept, and a role for the chart's job that copies them from Redis."
+  type        = bool
+  default     = false
+}
+
+variable "ledger_deletion_protection" {
+  description = "Whether AWS refuses to delete that table."
+  type        = bool
+  default     = true
+}
+
 variable "applications" {
   description = "Applications that call with tokens of a user pool of Cognito, each with its scopes, of generate and admin. Empty: no pool; callers have API keys. Their secrets are in the state."
   type        = map(set(string))

@@ -36,7 +36,7 @@ from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.activator import activator
-from safelight_server.cli.bills import BillsError, bills
+from safelight_server.cli.bills import BillsError, bills_app
 from safelight_server.cli.cache import caches
 from safelight_server.cli.command import (
     DEFAULT_TARGET,
@@ -66,8 +66,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictur
 keys = typer.Typer(no_args_is_help=True, help="Make API keys for callers, and keys that encrypt cached data.")
 app.add_typer(keys, name="keys")
 app.add_typer(caches, name="cache")
+app.add_typer(bills_app, name="bills")
 app.command()(activator)
-app.command()(bills)
 app.command()(fetch)
 app.command()(plan)
 app.command()(export)

@@ -1,6 +1,7 @@
 """Bills: the work that each committed picture took and the tenant that is charged, sealed in a stream in Redis.
 
-`commit.py` writes a bill in the same script as the result. `safelight bills` (`cli/bills.py`) reads them.
+`commit.py` writes a bill in the same script as the result. `safelight bills` (`cli/bills.py`) reads them, and
+`safelight bills archive` copies them to a ledger that survives Redis (`bill_archive.py`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,18 @@ def sealed_bill(sealer: Sealer, ticket: ExecutionTicket, work: BilledWork) -> by
     return sealer.seal(BILL, Entry(json.dumps(asdict(facts)).encode()), sealer.now() + BILL_S)
 
 
+def open_bill(sealer: Sealer, data: bytes) -> tuple[Bill, float]:
+    """Decrypts a bill. Returns it, and until when it is shown (Unix seconds).
+
+    Raises:
+        CorruptError: no server has written this.
+        UnreadableError: it was encrypted with a key that the key file does not have.
+    """
+    opened, expires_at = sealer.open(BILL, data)
+    facts = json.loads(opened.data)
+    return Bill(**{name: value for name, value in facts.items() if name in KNOWN}), expires_at
+
+
 async def read_bills(
     coordinator: Coordinator, sealer: Sealer, since_ms: int = 0, until_ms: int | None = None
 ) -> AsyncIterator[Bill | None]:
@@ -90,11 +103,10 @@ async def read_bills(
             if until_ms is not None and place_order(entry.place)[0] >= until_ms:
                 return
             try:
-                opened, expires_at = sealer.open(BILL, entry.data)
+                bill, expires_at = open_bill(sealer, entry.data)
             except (CorruptError, UnreadableError):
                 yield None
                 continue
             if expires_at > sealer.now():
-                facts = json.loads(opened.data)
-                yield Bill(**{name: value for name, value in facts.items() if name in KNOWN})
+                yield bill
         after = page[-1].place

@@ -1,3 +1,17 @@
+{{/* The Redis of the replicas, and the file with the keys that seal what they keep. */}}
+{{- define "safelight.redisEnvironment" -}}
+{{- $v := .Values -}}
+{{- if $v.redis.url }}
+- {name: SAFELIGHT_REDIS_URL, value: {{ $v.redis.url | quote }}}
+{{- else if $v.redis.secret }}
+- name: SAFELIGHT_REDIS_URL
+  valueFrom: {secretKeyRef: {name: {{ $v.redis.secret }}, key: {{ $v.redis.key }}}}
+{{- end }}
+{{- if $v.cache.keySecret }}
+- {name: SAFELIGHT_CACHE_KEY_FILE, value: {{ print "/etc/safelight/cache-key/" $v.cache.keySecretKey | quote }}}
+{{- end }}
+{{- end }}
+
 {{/* Environment variables with the server's settings (docs/operations/settings.md). */}}
 {{- define "safelight.environment" -}}
 {{- $v := .Values -}}
@@ -32,15 +46,7 @@
 {{- if $v.quotas }}
 - {name: SAFELIGHT_QUOTA_FILE, value: /etc/safelight/files/quotas.json}
 {{- end }}
-{{- if $v.redis.url }}
-- {name: SAFELIGHT_REDIS_URL, value: {{ $v.redis.url | quote }}}
-{{- else if $v.redis.secret }}
-- name: SAFELIGHT_REDIS_URL
-  valueFrom: {secretKeyRef: {name: {{ $v.redis.secret }}, key: {{ $v.redis.key }}}}
-{{- end }}
-{{- if $v.cache.keySecret }}
-- {name: SAFELIGHT_CACHE_KEY_FILE, value: {{ print "/etc/safelight/cache-key/" $v.cache.keySecretKey | quote }}}
-{{- end }}
+{{- include "safelight.redisEnvironment" . }}
 {{- if $v.cache.diskGiB }}
 - {name: SAFELIGHT_CACHE_DISK_DIR, value: /var/cache/safelight/entries}
 - {name: SAFELIGHT_CACHE_DISK_BYTES, value: {{ mul $v.cache.diskGiB 1073741824 | quote }}}

@@ -76,6 +76,17 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 {{- end }}
 {{- end }}
+{{- with $v.bills.archive }}
+{{- if and .enabled (or (not .table) (not .image.repository) (not .image.digest)) }}
+{{- fail "bills.archive.enabled needs bills.archive.table and bills.archive.image" }}
+{{- end }}
+{{- if and .enabled (gt (len (include "safelight.deployment" $)) 64) }}
+{{- fail "bills.archive.deployment is needed: namespace and release make a name of more than 64 characters" }}
+{{- end }}
+{{- if and .enabled (not $v.redis.url) (not $v.redis.secret) }}
+{{- fail "bills.archive.enabled needs redis.url or redis.secret: a replica without Redis writes no bills" }}
+{{- end }}
+{{- end }}
 {{- if and $v.route.enabled (not $v.route.parentRefs) }}
 {{- fail "route.enabled needs route.parentRefs" }}
 {{- end }}
@@ -137,6 +148,11 @@ topologySpreadConstraints:
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
       matchLabels: {{- include "safelight.besideSelector" . | nindent 8 }}
+{{- end }}
+
+{{/* The name under which bills are kept in a table that other deployments may use too. */}}
+{{- define "safelight.deployment" -}}
+{{ .Values.bills.archive.deployment | default (printf "%s.%s" .Release.Namespace (include "safelight.name" .)) }}
 {{- end }}
 
 {{/* The port of a URL; the scheme's default if it names none. */}}

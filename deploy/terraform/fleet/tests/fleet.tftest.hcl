@@ -112,6 +112,43 @@ run "users" {
   }
 }
 
+run "without_a_ledger" {
+  command = plan
+  assert {
+    condition     = length(module.ledger) == 0 && !contains(keys(local.helm_values), "bills") && output.bills_table == ""
+    error_message = "no table, and no job that would need it"
+  }
+}
+
+run "with_a_ledger" {
+  command = plan
+  variables { ledger = true }
+  assert {
+    condition     = output.bills_table == "safelight-bills" && local.helm_values.bills.archive.table == "safelight-bills"
+    error_message = "the chart's job copies to this table"
+  }
+}
+
+run "ledger" {
+  command = plan
+  module { source = "../modules/ledger" }
+  variables {
+    name            = "safelight"
+    kms_key_arn     = "arn:aws:kms:us-east-1:123456789012:key/1"
+    oidc_provider   = { arn = "arn:aws:iam::123456789012:oidc-provider/x", issuer = "x" }
+    namespace       = "pictures"
+    service_account = "safelight-archiver"
+  }
+  assert {
+    condition     = aws_dynamodb_table.bills.deletion_protection_enabled && aws_dynamodb_table.bills.point_in_time_recovery[0].enabled
+    error_message = "bills are not deleted by accident, and any second of the last 35 days can be had again"
+  }
+  assert {
+    condition     = aws_dynamodb_table.bills.server_side_encryption[0].kms_key_arn == "arn:aws:kms:us-east-1:123456789012:key/1"
+    error_message = "encrypted with the fleet's key"
+  }
+}
+
 run "an_unknown_scope_is_refused" {
   command = plan
   variables { applications = { studio = ["everything"] } }

@@ -52,6 +52,16 @@ resource "aws_vpc_endpoint" "s3" {
   tags              = { Name = "${var.name}-s3" }
 }
 
+# The endpoint for the table of bills. Like that of S3 it is a route and costs nothing.
+resource "aws_vpc_endpoint" "dynamodb" {
+  count             = var.dynamodb ? 1 : 0
+  vpc_id            = aws_vpc.this.id
+  service_name      = "${local.service}.dynamodb"
+  vpc_endpoint_type = "Gateway"
+  route_table_ids   = [aws_route_table.private.id]
+  tags              = { Name = "${var.name}-dynamodb" }
+}
+
 resource "aws_security_group" "endpoints" {
   name        = "${var.name}-endpoints"
   description = "TLS from this VPC to the services of AWS"

@@ -14,8 +14,14 @@ variable "zones" {
 }
 
 variable "endpoints" {
-  description = "Services of AWS that are reached without an internet, beside S3."
+  description = "Services of AWS that are reached without an internet, beside S3 and DynamoDB."
   type        = list(string)
+}
+
+variable "dynamodb" {
+  description = "Whether DynamoDB is reached too."
+  type        = bool
+  default     = false
 }
 
 variable "kms_key_arn" {

@@ -12,7 +12,7 @@ locals {
 }
 
 resource "aws_ecr_repository" "this" {
-  for_each             = toset(["gateway", "triton"])
+  for_each             = var.images
   name                 = "${var.name}/${each.value}"
   image_tag_mutability = "IMMUTABLE"
 

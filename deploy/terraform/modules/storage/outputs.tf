@@ -1,5 +1,5 @@
 output "repository_urls" {
-  description = "Repositories of images: gateway, triton."
+  description = "Repositories by their images."
   value       = { for name, repository in aws_ecr_repository.this : name => repository.repository_url }
 }
 

@@ -23,6 +23,12 @@ variable "kms_key_arn" {
   type        = string
 }
 
+variable "images" {
+  description = "Images that have a repository."
+  type        = set(string)
+  default     = ["gateway", "triton"]
+}
+
 variable "cache_days" {
   description = "How long a cached entry may be served; a day later it is deleted."
   type        = number
