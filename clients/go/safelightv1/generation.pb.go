@@ -1108,12 +1108,12 @@ type GenerationSpec struct {
 	// Applies guidance in some of the steps only; each other step has one denoiser
 	// row instead of two. Absent: in all steps. Only with guidance.
 	GuidanceInterval *GuidanceInterval `protobuf:"bytes,14,opt,name=guidance_interval,json=guidanceInterval,proto3" json:"guidance_interval,omitempty"`
-	// Adapters (LoRA) that change the denoiser for this request only. Requests with
-	// other adapters, or none, can share a batch with it. Their order makes no
-	// difference. INVALID_ARGUMENT names this field if the model takes no adapters,
-	// and `adapters[i].name` if it has no adapter of that name (`Model.adapters`
-	// lists them). `Accepted.spec` lists them in the order of their names, without
-	// those whose scale is 0.
+	// Adapters (LoRA) that change the denoiser, and the text encoder if they have
+	// weights for it, for this request only. Requests with other adapters, or none,
+	// can share a batch with it. Their order makes no difference. INVALID_ARGUMENT
+	// names this field if the model takes no adapters, and `adapters[i].name` if it
+	// has no adapter of that name (`Model.adapters` lists them). `Accepted.spec`
+	// lists them in the order of their names, without those whose scale is 0.
 	Adapters []*Adapter `protobuf:"bytes,15,rep,name=adapters,proto3" json:"adapters,omitempty"`
 	// Pictures whose composition the generated picture follows. A control network
 	// (ControlNet) of the model reads each of them. Requests with other controls,
@@ -1433,8 +1433,8 @@ func (x *ImagePrompt) GetScale() float32 {
 	return 0
 }
 
-// An adapter (LoRA: a low-rank update of the denoiser's weights, Hu et al. 2021)
-// and how strongly it is applied.
+// An adapter (LoRA: a low-rank update of the weights of the denoiser and of the
+// text encoder, Hu et al. 2021) and how strongly it is applied.
 type Adapter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A name from `Model.adapters`. A request names each adapter at most once.

@@ -395,12 +395,12 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
-        """Adapters (LoRA) that change the denoiser for this request only. Requests with
-        other adapters, or none, can share a batch with it. Their order makes no
-        difference. INVALID_ARGUMENT names this field if the model takes no adapters,
-        and `adapters[i].name` if it has no adapter of that name (`Model.adapters`
-        lists them). `Accepted.spec` lists them in the order of their names, without
-        those whose scale is 0.
+        """Adapters (LoRA) that change the denoiser, and the text encoder if they have
+        weights for it, for this request only. Requests with other adapters, or none,
+        can share a batch with it. Their order makes no difference. INVALID_ARGUMENT
+        names this field if the model takes no adapters, and `adapters[i].name` if it
+        has no adapter of that name (`Model.adapters` lists them). `Accepted.spec`
+        lists them in the order of their names, without those whose scale is 0.
         """
 
     @_builtins.property
@@ -576,8 +576,8 @@ Global___ImagePrompt: _TypeAlias = ImagePrompt  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """An adapter (LoRA: a low-rank update of the denoiser's weights, Hu et al. 2021)
-    and how strongly it is applied.
+    """An adapter (LoRA: a low-rank update of the weights of the denoiser and of the
+    text encoder, Hu et al. 2021) and how strongly it is applied.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

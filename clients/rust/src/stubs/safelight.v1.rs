@@ -367,12 +367,12 @@ pub struct GenerationSpec {
     /// row instead of two. Absent: in all steps. Only with guidance.
     #[prost(message, optional, tag = "14")]
     pub guidance_interval: ::core::option::Option<GuidanceInterval>,
-    /// Adapters (LoRA) that change the denoiser for this request only. Requests with
-    /// other adapters, or none, can share a batch with it. Their order makes no
-    /// difference. INVALID_ARGUMENT names this field if the model takes no adapters,
-    /// and `adapters\[i\].name` if it has no adapter of that name (`Model.adapters`
-    /// lists them). `Accepted.spec` lists them in the order of their names, without
-    /// those whose scale is 0.
+    /// Adapters (LoRA) that change the denoiser, and the text encoder if they have
+    /// weights for it, for this request only. Requests with other adapters, or none,
+    /// can share a batch with it. Their order makes no difference. INVALID_ARGUMENT
+    /// names this field if the model takes no adapters, and `adapters\[i\].name` if it
+    /// has no adapter of that name (`Model.adapters` lists them). `Accepted.spec`
+    /// lists them in the order of their names, without those whose scale is 0.
     #[prost(message, repeated, tag = "15")]
     pub adapters: ::prost::alloc::vec::Vec<Adapter>,
     /// Pictures whose composition the generated picture follows. A control network
@@ -435,8 +435,8 @@ pub struct ImagePrompt {
     #[prost(float, optional, tag = "2")]
     pub scale: ::core::option::Option<f32>,
 }
-/// An adapter (LoRA: a low-rank update of the denoiser's weights, Hu et al. 2021)
-/// and how strongly it is applied.
+/// An adapter (LoRA: a low-rank update of the weights of the denoiser and of the
+/// text encoder, Hu et al. 2021) and how strongly it is applied.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Adapter {
     /// A name from `Model.adapters`. A request names each adapter at most once.

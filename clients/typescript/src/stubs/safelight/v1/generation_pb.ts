@@ -273,12 +273,12 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
   guidanceInterval?: GuidanceInterval | undefined;
 
   /**
-   * Adapters (LoRA) that change the denoiser for this request only. Requests with
-   * other adapters, or none, can share a batch with it. Their order makes no
-   * difference. INVALID_ARGUMENT names this field if the model takes no adapters,
-   * and `adapters[i].name` if it has no adapter of that name (`Model.adapters`
-   * lists them). `Accepted.spec` lists them in the order of their names, without
-   * those whose scale is 0.
+   * Adapters (LoRA) that change the denoiser, and the text encoder if they have
+   * weights for it, for this request only. Requests with other adapters, or none,
+   * can share a batch with it. Their order makes no difference. INVALID_ARGUMENT
+   * names this field if the model takes no adapters, and `adapters[i].name` if it
+   * has no adapter of that name (`Model.adapters` lists them). `Accepted.spec`
+   * lists them in the order of their names, without those whose scale is 0.
    *
    * @generated from field: repeated safelight.v1.Adapter adapters = 15;
    */
@@ -408,8 +408,8 @@ export const ImagePromptSchema: GenMessage<ImagePrompt> = /*@__PURE__*/
   messageDesc(file_safelight_v1_generation, 4);
 
 /**
- * An adapter (LoRA: a low-rank update of the denoiser's weights, Hu et al. 2021)
- * and how strongly it is applied.
+ * An adapter (LoRA: a low-rank update of the weights of the denoiser and of the
+ * text encoder, Hu et al. 2021) and how strongly it is applied.
  *
  * @generated from message safelight.v1.Adapter
  */
