@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.domain.component import Component
+from safelight_server.domain.errors import UnavailableError
 
 from tests.conftest import eventually
 from tests.integration.test_generate import assert_batched_as_alone, collect, pixels
@@ -122,6 +123,22 @@ async def test_an_approximate_lookup_does_not_lend_its_embedding(server):
     message = adapted(11, "an orange ring", word=1.0)
     message.cache.CopyFrom(pb.CachePolicy(mode=pb.CachePolicy.MODE_ALLOW_LATENT))
     assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(alone))
+
+
+@pytest.mark.parametrize("error", [UnavailableError("broken"), TimeoutError()], ids=["broken", "slow"])
+async def test_a_picture_is_kept_although_its_prompt_alone_cannot_be_encoded(server, monkeypatch, error):
+    running, _, stub = server
+
+    async def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(running.cache._prompts, "_encode", fails)
+    dispositions = []
+    for _ in range(2):
+        events = await collect(stub.Generate(adapted(12, f"a silver coin, {error!r}", cached=True, word=0.3)))
+        dispositions.append(events[-1].finished.cache_results[0].disposition)
+        await idle(running)
+    assert dispositions == [DISPOSITIONS.DISPOSITION_MISS, DISPOSITIONS.DISPOSITION_EXACT]
 
 
 async def test_an_adapter_that_is_replaced_has_other_embeddings(models, tmp_path):
