@@ -16,7 +16,7 @@ from safelight_server.api.identity import new_key
 from safelight_server.cli.main import main
 
 from tests.conftest import eventually, serving_here
-from tests.integration.test_generate import all_at_once, collect, pixels, reason_of
+from tests.integration.test_generate import assert_batched_as_alone, collect, pixels, reason_of
 from tests.integration.test_images import NONE, development, name_of, png, upload
 from tests.integration.test_requests import details, fields
 from tests.support.conditions import CONTROLS, NAME, models_with_conditions, serving_conditions
@@ -59,11 +59,7 @@ async def test_rows_with_and_without_controls_are_in_a_batch_what_they_are_alone
     ]
     messages = [controlled(1, *kind) for kind in kinds]
     messages[3].spec.guidance_scale = 1.0
-    together = await all_at_once(running, stub, messages)
-    assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
-    for message, events in zip(messages, together, strict=True):
-        assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))
-    assert len({pixels(events).tobytes() for events in together}) == len(messages)
+    await assert_batched_as_alone(running, stub, messages)
 
 
 async def test_a_scale_of_0_is_no_control_and_the_order_makes_no_difference(server):

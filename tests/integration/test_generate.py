@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import io
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import grpc
 import numpy as np
@@ -50,6 +50,15 @@ async def all_at_once(running, stub, messages: Iterable[pb.GenerateRequest]) -> 
         calls = [asyncio.create_task(collect(stub.Generate(message))) for message in messages]
         await eventually(lambda: running.inspect().live == before + len(calls))
     return await asyncio.gather(*calls)
+
+
+async def assert_batched_as_alone(running, stub, messages: Sequence[pb.GenerateRequest]) -> None:
+    """Checks that outputs that share batches are different pictures, each with the pixels that it has alone."""
+    together = await all_at_once(running, stub, messages)
+    assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
+    for message, events in zip(messages, together, strict=True):
+        assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))
+    assert len({pixels(events).tobytes() for events in together}) == len(messages)
 
 
 def kinds(events: list[pb.GenerationEvent]) -> list[str]:

@@ -18,7 +18,7 @@ from safelight_server.domain.component import Component
 from safelight_server.runtime.onnx import OnnxRuntime
 
 from tests.conftest import eventually, serving_here
-from tests.integration.test_generate import all_at_once, collect, pixels, reason_of
+from tests.integration.test_generate import assert_batched_as_alone, collect, pixels, reason_of
 from tests.integration.test_images import NONE, PHOTO, development, name_of, png, upload
 from tests.integration.test_requests import details, fields
 from tests.support.conditions import NAME, models_with_conditions, serving_conditions
@@ -66,11 +66,7 @@ async def test_rows_with_and_without_an_image_prompt_are_in_a_batch_what_they_ar
     red, dark = [(await upload(channel, data)).name for data in (RED, DARK)]
     messages = [prompted(1), prompted(1, red), prompted(1, red, 0.5), prompted(1, dark), prompted(2), prompted(2, red)]
     messages[5].spec.guidance_scale = 1.0
-    together = await all_at_once(running, stub, messages)
-    assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
-    for message, events in zip(messages, together, strict=True):
-        assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))
-    assert len({pixels(events).tobytes() for events in together}) == len(messages)
+    await assert_batched_as_alone(running, stub, messages)
 
 
 async def test_a_scale_of_0_is_no_image_prompt(server):

@@ -12,9 +12,10 @@ import pytest
 import pytest_asyncio
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.domain.component import Component
+from safelight_server.domain.errors import UnavailableError
 
 from tests.conftest import eventually
-from tests.integration.test_generate import all_at_once, collect, pixels
+from tests.integration.test_generate import assert_batched_as_alone, collect, pixels
 from tests.integration.test_images import development
 from tests.support.adapters import matrices, text_matrices, write_adapter
 from tests.support.conditions import NAME, models_with_conditions, serving_conditions
@@ -76,11 +77,7 @@ async def test_a_mixed_batch_has_the_bits_of_each_alone(server):
     kinds = [{}, {"style": 1.0}, {"word": 1.0}, {"word": 0.5}, {"other": 1.0}, {"both": 1.0}, {"word": 1, "other": 1}]
     messages = [adapted(1, **kind) for kind in kinds]
     messages[5].spec.guidance_scale = 1.0
-    together = await all_at_once(running, stub, messages)
-    assert max(e.progress.batch_size for events in together for e in events if e.HasField("progress")) > 1
-    for message, events in zip(messages, together, strict=True):
-        assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(events))
-    assert len({pixels(events).tobytes() for events in together}) == len(messages)
+    await assert_batched_as_alone(running, stub, messages)
 
 
 async def test_a_prompt_is_encoded_again_only_for_what_changes_the_text_encoder(server, encoded):
@@ -126,6 +123,22 @@ async def test_an_approximate_lookup_does_not_lend_its_embedding(server):
     message = adapted(11, "an orange ring", word=1.0)
     message.cache.CopyFrom(pb.CachePolicy(mode=pb.CachePolicy.MODE_ALLOW_LATENT))
     assert np.array_equal(pixels(await collect(stub.Generate(message))), pixels(alone))
+
+
+@pytest.mark.parametrize("error", [UnavailableError("broken"), TimeoutError()], ids=["broken", "slow"])
+async def test_a_picture_is_kept_although_its_prompt_alone_cannot_be_encoded(server, monkeypatch, error):
+    running, _, stub = server
+
+    async def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(running.cache._prompts, "_encode", fails)
+    dispositions = []
+    for _ in range(2):
+        events = await collect(stub.Generate(adapted(12, f"a silver coin, {error!r}", cached=True, word=0.3)))
+        dispositions.append(events[-1].finished.cache_results[0].disposition)
+        await idle(running)
+    assert dispositions == [DISPOSITIONS.DISPOSITION_MISS, DISPOSITIONS.DISPOSITION_EXACT]
 
 
 async def test_an_adapter_that_is_replaced_has_other_embeddings(models, tmp_path):

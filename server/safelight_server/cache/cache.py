@@ -41,6 +41,8 @@ log = structlog.get_logger(__name__)
 
 MAX_WRITES = 1024
 """Most writes in progress at once; further entries are not stored."""
+ENCODE_S = 30.0
+"""Longest wait in seconds for the embedding by which a finished picture is found: a server that closes waits for it."""
 
 
 class Retention(enum.Enum):
@@ -250,11 +252,12 @@ class Cache:
         namespace, pipeline, ids = wanted.name.namespace, wanted.pipeline, wanted.spec.token_ids
         try:
             if wanted.text_changes:  # then its own embedding is another one, and that of the prompt alone may be new
-                embedding: Embedding | None = await self._prompts.get(namespace, pipeline, ids, self.owner(wanted))
+                async with asyncio.timeout(ENCODE_S):
+                    embedding: Embedding | None = await self._prompts.get(namespace, pipeline, ids, self.owner(wanted))
             else:
                 embedding = await self._prompts.known(namespace, pipeline, ids)
             return None if embedding is None else await self._prompts.vector(pipeline, ids, embedding)
-        except UnavailableError:
+        except (UnavailableError, TimeoutError):
             return None  # a broken text encoder; the picture is kept all the same, but not found as a similar one
 
     def owner(self, wanted: CacheQuery) -> EntryOwner:
