@@ -18,8 +18,8 @@ import pytest
 import pytest_asyncio
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
-from safelight import Accepted, Client, GenerationError, Picture, Progress
-from safelight_server.app.server import Running, serving
+from safelight import Accepted, Client, Picture
+from safelight_server.app.server import Running
 from safelight_server.catalog import catalog, config_pbtxt
 from safelight_server.domain.component import Component
 from safelight_server.export import memory
@@ -34,10 +34,10 @@ from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime
 from safelight_server.runtime.verification import InputSpec
 from safelight_server.sampler import INITIAL, gaussian
-from safelight_server.settings import load
 
 from tests.conftest import eventually
 from tests.training import folders
+from tests.training.serving import cancel_in_a_call, served_on_torch
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -171,8 +171,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def served(exported: Exported, **settings: Any) -> Any:
-    given = {"port": 0, "models_dir": exported.models, "adapters_dir": exported.adapters, "num_instances": 2}
-    return serving(load(**{"runtime": "torch", "log_level": "error"} | given | settings))
+    return served_on_torch(exported.models, adapters_dir=exported.adapters, **settings)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -244,26 +243,7 @@ async def test_pictures_of_mixed_batches_are_those_made_alone(running, monkeypat
 
 
 async def test_a_cancelled_generation_ends_and_one_without_adapters_runs(running, monkeypatch):
-    """Cancelled while a call is under way, which is held until the cancelling is done."""
-    cancelled, run = asyncio.Event(), running.runtime.run
-
-    async def held(instance, model, component, inputs):
-        found = await run(instance, model, component, inputs)
-        if component is Component.DENOISER and seen:
-            await cancelled.wait()
-        return found
-
-    monkeypatch.setattr(running.runtime, "run", held)
-    seen: list[Progress] = []
-    async with Client(running.address) as client:
-        with pytest.raises(GenerationError, match="CANCELLED"):
-            async for event in client.generate(PROMPT, seed=1, steps=50, adapters={"wide": 1.0}):
-                if isinstance(event, Accepted):
-                    generation = event.generation
-                elif isinstance(event, Progress) and not seen:
-                    seen.append(event)
-                    await client.cancel(generation)
-                    cancelled.set()
+    await cancel_in_a_call(running, monkeypatch, PROMPT, adapters={"wide": 1.0})
     assert (await ours(running, SIZES[0])).shape == (SIZES[0][1], SIZES[0][0], 3)
     await eventually(lambda: running.inspect().outputs == 0)
 

@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
 )
 from safelight import Client, Control
-from safelight_server.app.server import Running, serving
+from safelight_server.app.server import Running
 from safelight_server.catalog import catalog, config_pbtxt
 from safelight_server.domain.component import Component
 from safelight_server.export import torch_files
@@ -34,10 +34,10 @@ from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime
 from safelight_server.runtime.verification import InputSpec
 from safelight_server.sampler import gaussian
-from safelight_server.settings import load
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.training import folders
+from tests.training.serving import served_on_torch
 from tests.training.test_image_parity import picture_of
 
 pytestmark = [
@@ -152,14 +152,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Exported(pipeline, networks, place)
 
 
-def served(exported: Exported, **settings: Any) -> Any:
-    given = {"port": 0, "models_dir": exported.models, "runtime": "torch", "num_instances": 2, "log_level": "error"}
-    return serving(load(**given | settings))
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(exported: Exported) -> AsyncIterator[Running]:
-    async with served(exported) as running:
+    async with served_on_torch(exported.models) as running:
         yield running
 
 
@@ -175,7 +170,7 @@ async def test_a_picture_is_that_of_diffusers(exported, running, wishes, image_s
 async def test_half_precision_is_near(exported):
     """bfloat16, which CPUs have."""
     wishes, scale = CASES[3]
-    async with served(exported, torch_dtype="bfloat16", num_instances=1) as running:
+    async with served_on_torch(exported.models, torch_dtype="bfloat16", num_instances=1) as running:
         picture = await exported.ours(running, wishes, scale, SIZES[0])
     assert np.abs(picture - exported.theirs(wishes, scale, SIZES[0])).mean() < 12
 

@@ -17,9 +17,9 @@ import pytest
 import pytest_asyncio
 import torch
 from diffusers import EulerDiscreteScheduler
-from safelight import Accepted, Client, GenerationError, Picture, Preview, Progress
+from safelight import Accepted, Client, Picture, Preview, Progress
 from safelight_server.app.errors import StartError
-from safelight_server.app.server import Running, serving
+from safelight_server.app.server import Running
 from safelight_server.catalog import catalog
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.domain.component import Component
@@ -29,10 +29,10 @@ from safelight_server.runtime import verification
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime
 from safelight_server.sampler import gaussian
-from safelight_server.settings import load
 
 from tests.conftest import eventually
 from tests.training import folders
+from tests.training.serving import cancel_in_a_call, served_on_torch
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -80,20 +80,15 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return made("sdxl", tmp_path_factory.mktemp("sdxl"))
 
 
-def served(exported: Exported, **settings: Any) -> Any:
-    given = {"port": 0, "models_dir": exported.models, "runtime": "torch", "num_instances": 2, "log_level": "error"}
-    return serving(load(**given | settings))
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(exported: Exported) -> AsyncIterator[Running]:
-    async with served(exported) as running:
+    async with served_on_torch(exported.models) as running:
         yield running
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running_sdxl(sdxl: Exported) -> AsyncIterator[Running]:
-    async with served(sdxl) as running:
+    async with served_on_torch(sdxl.models) as running:
         yield running
 
 
@@ -211,26 +206,8 @@ def denoiser_inputs(pipeline: Any, rows: int) -> dict[str, np.ndarray]:
 
 
 async def test_a_cancelled_generation_ends_and_the_next_one_runs(running, monkeypatch):
-    """Cancelled while a call is under way, which is held until the cancelling is done."""
-    cancelled, run = asyncio.Event(), running.runtime.run
-
-    async def held(instance, model, component, inputs):
-        found = await run(instance, model, component, inputs)
-        if component is Component.DENOISER and seen:
-            await cancelled.wait()
-        return found
-
-    monkeypatch.setattr(running.runtime, "run", held)
-    seen: list[Progress] = []
+    await cancel_in_a_call(running, monkeypatch, PROMPT)
     async with Client(running.address) as client:
-        with pytest.raises(GenerationError, match="CANCELLED"):
-            async for event in client.generate(PROMPT, seed=1, steps=50):
-                if isinstance(event, Accepted):
-                    generation = event.generation
-                elif isinstance(event, Progress) and not seen:
-                    seen.append(event)
-                    await client.cancel(generation)
-                    cancelled.set()
         assert (await picture(client)).shape == (SIZES[0][1], SIZES[0][0], 3)
     await eventually(lambda: running.inspect().outputs == 0)
 
@@ -268,7 +245,7 @@ def test_a_model_for_torch_alone_has_no_onnx_files(sdxl):
 )
 async def test_a_device_that_is_not_there_is_named(exported, device, named):
     with pytest.raises(StartError, match=f"torch_device: .*{named}"):
-        async with served(exported, torch_device=device):
+        async with served_on_torch(exported.models, torch_device=device):
             pass
 
 
@@ -287,7 +264,7 @@ def test_files_that_are_not_those_of_the_manifest_are_refused(exported, tmp_path
 
 async def test_half_precision_is_near_and_has_another_name(exported):
     """bfloat16, which CPUs have."""
-    async with served(exported, torch_dtype="bfloat16") as running, Client(running.address) as client:
+    async with served_on_torch(exported.models, torch_dtype="bfloat16") as running, Client(running.address) as client:
         ours = await picture(client, width=SIZES[0][0], height=SIZES[0][1])
         [model] = await client.models()
     assert "-bfloat16-within:0.05-" in model.numerics_id
