@@ -16,7 +16,7 @@ from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, 
 from safelight_server.catalog.catalog import Catalog, check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
 from safelight_server.domain.component import Component
-from safelight_server.domain.errors import InvalidRequestError, UnavailableError
+from safelight_server.domain.errors import InvalidRequestError, NotFoundError, UnavailableError
 from safelight_server.engine.adapters import PromptAdapter, RowAdapter
 from safelight_server.engine.batches import Batches
 from safelight_server.engine.jobs import Job, prompt_name
@@ -207,6 +207,19 @@ async def test_the_parts_of_an_adapter_go_to_the_networks_that_they_change(tmp_p
     whole = packed(parse(safetensors(matrices(2, 1) | text_matrices(2, 1))), BOTH)
     assert np.array_equal(np.concatenate([both.weights, both.text.weights], axis=1), whole)
     assert (both.text.scale, both.text.sha256) == (0.5, spec.adapters[0].sha256)
+
+
+async def test_a_replica_whose_model_has_no_room_does_not_find_an_adapter(tmp_path):
+    """Another replica, which has one, may have accepted the generation."""
+    write_all(tmp_path / "adapters")
+    roomy = Catalog([small_pipeline(tmp_path, adapters=ROOM, text_adapters=TEXT_ROOM, inputs=INPUTS)])
+    roomy.adapters = library(tmp_path / "adapters")
+    spec = resolve_request(request(adapters=[{"name": "both"}]), roomy, LIMITS).spec
+    for room in (None, ROOM):
+        other = Catalog([small_pipeline(tmp_path, adapters=room, inputs=INPUTS if room else {})])
+        other.adapters = library(tmp_path / "adapters", None) if room else AdapterLibrary()
+        with pytest.raises(NotFoundError, match="the adapter both is not there any more"):
+            await load_adapters(other, spec)
 
 
 async def test_what_either_network_is_given_keeps_the_weights_in_memory(tmp_path):

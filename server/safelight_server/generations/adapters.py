@@ -22,8 +22,8 @@ async def load_adapters(catalog: Catalog, spec: Spec) -> tuple[RowAdapter, ...]:
     """
     found = []
     room = catalog.get(spec.model).manifest.adapters
+    width = 0 if room is None else room.width  # none: another replica has accepted it, and no adapter is found below
     for adapter in spec.adapters:
-        assert room is not None  # else validation refuses adapters
         try:
             weights = await asyncio.to_thread(catalog.adapters.weights, spec.model, adapter.name, adapter.sha256)
         except AdapterFileError as error:
@@ -33,7 +33,7 @@ async def load_adapters(catalog: Catalog, spec: Spec) -> tuple[RowAdapter, ...]:
         except AdapterRoomError as error:
             raise UnavailableError(str(error), reason="TOO_MANY_ADAPTERS", retry_after_s=RETRY_S) from None
         text = None
-        if weights.shape[1] > room.width:
-            text = PromptAdapter(weights[:, room.width :], adapter.scale, adapter.sha256)
-        found.append(RowAdapter(weights[:, : room.width], adapter.scale, text))
+        if weights.shape[1] > width:
+            text = PromptAdapter(weights[:, width:], adapter.scale, adapter.sha256)
+        found.append(RowAdapter(weights[:, :width], adapter.scale, text))
     return tuple(found)
