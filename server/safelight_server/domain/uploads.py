@@ -121,7 +121,7 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return image if turn is None else image.transpose(turn)
     except _FAULTS as error:
         raise PictureFileError(f"is damaged or cut off: {str(error)[:120]}") from None
