@@ -223,7 +223,7 @@ generate: setup .tools/protoc-gen-go-grpc .tools/safelight-generate node_modules
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
 	$(PY) tools/chart_files.py
-	$(PY) tools/dashboards.py deploy/grafana
+	PYTHONPATH=. $(PY) -m tools.dashboards deploy/grafana
 	$(PY) tools/page_messages.py > server/safelight_server/http/page/messages.js
 
 node_modules/.installed: package.json package-lock.json

@@ -268,9 +268,10 @@ async def test_models_that_only_inpaint_are_not_offered(browser, monkeypatch, ot
     monkeypatch.setattr(app, "build_runtime", built)
     async with http_server(default_model="a") as server, visit(browser, server.http_address) as seen:
         if not others:
-            await expect(seen.page.locator("#news")).to_have_text(
-                "No model of this server makes pictures from text alone."
-            )
+            for place in ("#news", "#empty"):
+                await expect(seen.page.locator(place)).to_have_text(
+                    "No model of this server makes pictures from text alone."
+                )
             return
         await expect(seen.page.locator("#model option")).to_have_text(["simulated"])
         await seen.develop(POTION, 1, steps="4")
@@ -306,6 +307,39 @@ async def test_a_lost_connection_is_resumed_where_it_stopped(browser):
                 calls = [url.rpartition("/")[2] for method, url in seen.requests if method == "POST"]
                 assert (calls.count("Generate"), calls.count("WatchGeneration")) == (2, 2)
                 seen.complaints.clear()  # the errors of the reset connections
+        finally:
+            relay.cut()
+
+
+async def test_a_cancel_that_gets_no_connection_ends_its_picture(browser):
+    """As when other tabs of the page have all connections that the browser makes."""
+    async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
+        await seen.page.route("**/CancelGeneration", lambda route: None)  # never sent
+        await seen.develop(POTION, 1, steps="40")
+        await expect(seen.card(0).locator(".state")).to_contain_text("of 40")
+        with steps_paused(slow):
+            await seen.card(0).get_by_role("button", name="Cancel").click()
+            await expect(seen.card(0).locator(".state")).to_contain_text("Cancelled after step")
+        seen.complaints.clear()  # the cancel that was given up
+
+
+async def test_a_server_that_was_started_anew_is_said_in_words(browser):
+    async with http_server(**SLOW) as running, http_server(**SLOW) as anew:
+        relay = await Relay.start(running.http_address)
+        try:
+            async with visit(browser, relay.address) as seen:
+                watch = f"http://{anew.http_address}/safelight.v1.GenerationService/WatchGeneration"
+                await seen.page.route("**/WatchGeneration", lambda route: route.continue_(url=watch))
+                await seen.develop(POTION, 1, steps="40")
+                await expect(seen.card(0).locator(".state")).to_contain_text("of 40")
+                with steps_paused(running):
+                    relay.reset()
+                    alert = seen.card(0).get_by_role("alert")
+                    await expect(alert).to_contain_text("The server no longer knows this picture")
+                    await expect(alert).to_contain_text("(GENERATION_NOT_FOUND)")
+                await alert.get_by_role("button", name="Try again").click()
+                await finished(seen.card(0))
+                seen.complaints.clear()  # the errors of the reset connection
         finally:
             relay.cut()
 

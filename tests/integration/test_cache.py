@@ -349,7 +349,7 @@ async def test_a_branch_starts_from_a_step_of_another(server, seed):
         ({"step": 10}, "branch.step", "INVALID_ARGUMENT"),
         ({"step": 4, "output_index": 1}, "branch.output_index", "INVALID_ARGUMENT"),
         ({"step": 4, "output_index": -1}, "branch.output_index", "INVALID_ARGUMENT"),
-        ({"step": 4, "generation": "generations/0"}, "", "NOT_FOUND"),
+        ({"step": 4, "generation": "generations/0"}, "branch.generation", "NOT_FOUND"),
     ],
 )
 async def test_what_cannot_be_a_branch_is_refused(server, seed, branch, field, code):
@@ -360,7 +360,7 @@ async def test_what_cannot_be_a_branch_is_refused(server, seed, branch, field, c
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collect(stub.Generate(message))
     assert caught.value.code().name == code
-    assert field in caught.value.details()
+    assert field.encode() in dict(caught.value.trailing_metadata())["grpc-status-details-bin"]
 
 
 async def test_a_branch_of_what_is_not_kept_is_refused(server, seed):

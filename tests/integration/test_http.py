@@ -206,6 +206,14 @@ async def test_every_refusal_is_json(server, method, path, options, status):
     assert response.headers["date"]
 
 
+async def test_a_wrong_path_or_method_says_what_there_is(server):
+    async with client(server) as http:
+        missing, refused = await http.get("/v1/nothing"), await http.get(GENERATIONS)
+    assert error_of(missing)["message"] == "there is nothing at this path; docs/http.md lists those of this server"
+    assert error_of(refused)["message"] == "use POST at this path"
+    assert refused.headers["allow"] == "POST"
+
+
 async def test_a_body_without_a_length_is_bounded_too(server, monkeypatch):
     monkeypatch.setattr(http_calls, "BODY_S", 5.0)  # otherwise a failing test would take long
     async with raw_connection(server) as (reader, writer):

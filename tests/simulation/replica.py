@@ -69,6 +69,9 @@ def image(seed: int) -> FloatArray:
 class NoImages:
     """No request brings a picture; see `InitImages`."""
 
+    async def keep_outputs(self, _generation: object, _find: object) -> None:
+        """None to keep."""
+
     async def load(self, _tenant: str, _spec: object, *, needs_mask: bool) -> None:
         """None to begin from."""
 

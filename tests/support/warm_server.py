@@ -70,6 +70,7 @@ def _ask(order: Mapping[str, Any]) -> int:
 
 def main() -> None:
     """Imports the server, then forks for each command; the fork returns from `_forked` and serves."""
+    import safelight_server.app.process  # noqa: F401  # what `serve` would import in each fork
     from safelight_server.cli.main import main as command
 
     gc.freeze()

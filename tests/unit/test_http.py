@@ -126,6 +126,19 @@ def test_what_is_no_json_object_is_refused(body):
     assert [one.field for one in caught.value.violations] == ["body"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("n", 65, "must be at most 64"),
+        ("guidance_interval", [0], "must be two numbers, [start, end]"),
+        ("guidance_interval", [0, 0.5, 1], "must be two numbers, [start, end]"),
+        ("user", "u" * 256, "must have at most 255 characters"),
+    ],
+)
+def test_a_fault_says_in_words_what_the_parameter_must_be(name, value, what):
+    assert refused(**{name: value})[name] == what
+
+
 def test_every_parameter_may_be_null_but_the_prompt():
     names = set(ImageParameters.model_fields) - {"prompt"}
     assert refused(**dict.fromkeys(names)) == {}

@@ -200,7 +200,7 @@ def test_the_version_is_printed():
     ("arguments", "says"),
     [
         (("serve", "--host", "0.0.0.0"), "is not loopback"),
-        (("serve", "--models-dir", "/nowhere"), "no pipelines"),
+        (("serve", "--models-dir", "/nowhere"), "/nowhere has no model"),
         (("serve", "--api-key-file", "/nowhere"), "/nowhere"),
         (("generate", "a potion", "--target", "127.0.0.1:1"), "UNAVAILABLE"),
         (("generate", "a potion", "--out", "potion.gif"), ".png"),

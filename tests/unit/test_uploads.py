@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from safelight_server.domain.uploads import (
     PictureFileError,
     check_picture,
@@ -89,6 +89,28 @@ def test_a_damaged_file_is_a_picture_or_an_error_of_ours(data):
     except PictureFileError:
         return
     assert pixels.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("tag", [ExifTags.Base.Software, ExifTags.Base.Artist, ExifTags.IFD.Exif])
+def test_exif_data_with_an_odd_tag_does_not_matter(tag):
+    """Pillow cannot write such data anew: text as a fraction, as some programs leave it."""
+    for kind in range(1, 14):
+        entries = struct.pack(">HHIHHHHIII", ExifTags.Base.Orientation, 3, 1, 6, 0, tag, kind, 1, 38, 0)
+        exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + struct.pack(">II", 1, 2)
+        with io.BytesIO() as file:
+            Image.new("RGB", (4, 2)).save(file, "JPEG", exif=exif)
+            facts = check_picture(file.getvalue(), WHOLE)
+        assert (facts.width_px, facts.height_px) == (2, 4)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_turned_as_pillow_turns_it(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with io.BytesIO() as file:
+        Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)).save(file, "PNG", exif=exif)
+        turned = ImageOps.exif_transpose(Image.open(file))
+        assert np.array_equal(decode_picture(file.getvalue(), WHOLE, 8, 8), np.asarray(turned))
 
 
 def corners(pixels: np.ndarray) -> list[tuple[int, ...]]:

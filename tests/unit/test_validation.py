@@ -133,6 +133,7 @@ NOT_AN_IMAGE = (
     "must be images/SHA256 with 64 hexadecimal digits, as UploadImage returns it, or generations/ID/outputs/INDEX"
 )
 STRENGTH = "must be above 0 and at most 1"
+ALONE = "goes with init_image: give that too, or leave this out"
 FROM = "must be from 0 to below 1, a share of the steps"
 TO = "must be above 0 and at most 1, a share of the steps"
 NOT_UUID = "must be a UUID such as 6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64, and not all zeros"
@@ -267,8 +268,8 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("a whole generation", request(init_image="generations/x"), "spec.init_image", NOT_AN_IMAGE),
     ("output without a number", request(init_image="generations/x/outputs/"), "spec.init_image", NOT_AN_IMAGE),
     ("output in a folder", request(init_image="generations/x/y/outputs/0"), "spec.init_image", NOT_AN_IMAGE),
-    ("mask alone", request(mask=IMAGE), "spec.mask", "goes with init_image; leave it out"),
-    ("strength alone", request(strength=0.5), "spec.strength", "goes with init_image; leave it out"),
+    ("mask alone", request(mask=IMAGE), "spec.mask", ALONE),
+    ("strength alone", request(strength=0.5), "spec.strength", ALONE),
     ("strength 0", request(init_image=IMAGE, strength=0.0), "spec.strength", STRENGTH),
     ("strength 1.1", request(init_image=IMAGE, strength=1.1), "spec.strength", STRENGTH),
     ("strength NaN", request(init_image=IMAGE, strength=math.nan), "spec.strength", STRENGTH),
@@ -497,7 +498,7 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         "request_id",
         NOT_UUID,
     ),
-    ("labels", labelled(**{f"k{n}": "" for n in range(17)}), "labels", "at most 16 are kept"),
+    ("labels", labelled(**{f"k{n}": "" for n in range(17)}), "labels", "has 17 entries; at most 16 are taken"),
     ("label key empty", labelled(**{"": "v"}), "labels['']", "a key has 1 to 63 characters"),
     ("label key", labelled(**{"k" * 64: ""}), f"labels['{'k' * 64}']", "a key has 1 to 63 characters"),
     ("label value", labelled(k="v" * 256), "labels['k']", "a value has at most 255 characters"),

@@ -12,7 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from safelight_server.telemetry import Metrics
 
-from tools.dashboards import DASHBOARDS
+from tools.dashboard_panels import DASHBOARDS
 
 ROOT = Path(__file__).parent.parent.parent
 RULES = sorted((ROOT / "deploy/prometheus").glob("*.yml"))

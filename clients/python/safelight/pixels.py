@@ -47,4 +47,6 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}: install safelight[images]", name=error.name) from None
+        raise ModuleNotFoundError(
+            f"{error}: in a clone of Safelight, pip install './clients/python[images]'", name=error.name
+        ) from None

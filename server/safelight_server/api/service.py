@@ -425,5 +425,5 @@ def _parse(request_type: type[In], data: bytes) -> In:
     try:
         return request_type.FromString(data)
     except DecodeError:
-        what = f"is no {request_type.DESCRIPTOR.full_name}: strings must be UTF-8"
+        what = f"is no {request_type.DESCRIPTOR.full_name}: it is malformed, or a string is not UTF-8"
         raise InvalidRequestError([FieldViolation("request", what)]) from None

@@ -128,7 +128,9 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
         )
         return Catalog([simulated_pipeline()], settings.default_model), runtime
     if settings.runtime == "torch" and (lacking := [name for name in TORCH if importlib.util.find_spec(name) is None]):
-        raise RuntimeStartError(f"{', '.join(lacking)} not installed: pip install 'safelight-server[torch]'")
+        raise RuntimeStartError(
+            f"{', '.join(lacking)} not installed: in a clone of Safelight, pip install -e clients/python -e '.[torch]'"
+        )
     catalog = catalogs.load(
         settings.models_dir,
         settings.default_model,
@@ -266,7 +268,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         http = HttpPort(settings, service, catalog, identity, metrics, certificate, image_calls)
         _watch_queue(metrics, engine, clock)
         metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
-        metrics.watch_streams(lambda: generations.num_streams)
+        metrics.watch_streams(lambda: generations.inspect().streams)
         works = [generations.tick, purges.keep_up, catalog.adapters.follow, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)

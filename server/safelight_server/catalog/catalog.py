@@ -248,7 +248,8 @@ def load(models: Path, default: str = "", *, require_all: bool = True, weights: 
     ordered = sorted(found, key=lambda at: revisions.order(at.parent.name))
     newest = {revisions.served_name(path.parent.parent.name, path.parent.name): path for path in ordered}
     if not newest:
-        raise ManifestError(f"no pipelines/*/*/pipeline.json in {models}")
+        what = f"{models} has no model: there is no {models}/pipelines/NAME/REVISION/pipeline.json"
+        raise ManifestError(f"{what}; set models_dir (--models-dir, SAFELIGHT_MODELS_DIR) to the folder of the models")
     loaded, unavailable = [], []
     for name, path in sorted(newest.items()):
         try:

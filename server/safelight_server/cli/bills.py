@@ -80,7 +80,7 @@ class BilledSum:
         self.compute_s += bill.compute_s
 
 
-bills_app = typer.Typer(invoke_without_command=True, subcommand_metavar="[archive]")
+bills = typer.Typer(invoke_without_command=True, subcommand_metavar="[archive]")
 
 RedisUrl = Annotated[str | None, typer.Option(envvar="SAFELIGHT_REDIS_URL", help="Redis of the replicas.")]
 CacheKeyFile = Annotated[
@@ -88,8 +88,8 @@ CacheKeyFile = Annotated[
 ]
 
 
-@bills_app.callback()
-def bills(
+@bills.callback()
+def sum_bills(
     context: typer.Context,
     redis_url: RedisUrl = None,
     cache_key_file: CacheKeyFile = None,
@@ -157,7 +157,7 @@ def bills(
         raise BillsError("\n".join(faults))
 
 
-@bills_app.command()
+@bills.command()
 def archive(
     table: Annotated[str, typer.Option(envvar="SAFELIGHT_BILLS_TABLE", help="Table of DynamoDB, or its ARN.")],
     deployment: Annotated[

@@ -79,4 +79,4 @@ def cache_purge(
     counts = ", ".join(f"{tier.num_entries} from {tier.name}" for tier in purged.tiers) or "nothing"
     console.print(f"deleted {counts}", highlight=False)
     if purged.failed_tiers:
-        raise CommandError(f"could not clear {', '.join(purged.failed_tiers)}: purge again when they work")
+        raise CommandError(f"could not clear {', '.join(purged.failed_tiers)}: purge again when they work", exit_code=1)

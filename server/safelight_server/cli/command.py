@@ -41,7 +41,15 @@ OPTIONS = {"target": "--target / SAFELIGHT_TARGET", "api_key": "--api-key / SAFE
 
 
 class CommandError(Exception):
-    """A command failed; the message is the one line that the user sees."""
+    """A command failed; the message is the one line that the user sees.
+
+    Args:
+        exit_code: 1 for an error of the server, 2 for a wrong argument.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def connect_with(

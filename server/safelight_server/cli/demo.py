@@ -177,6 +177,7 @@ async def demo(settings: Settings, out: Path, console: Console, adapters: Mappin
 
     Raises:
         DemoError: the server did not start, or a picture is missing.
+        OSError: a file cannot be written.
     """
     orders = [DemoRequest(prompt, seed=SEED + place) for place, prompt in enumerate(PROMPTS)]
     if adapters:

@@ -145,7 +145,9 @@ def export(
     if dry_run:
         return
     if lacking := [module for module in EXTRA if importlib.util.find_spec(module) is None]:
-        raise ExportError(f"{', '.join(lacking)} not installed: pip install 'safelight-server[export]'")
+        raise ExportError(
+            f"{', '.join(lacking)} not installed: in a clone of Safelight, pip install -e clients/python -e '.[export]'"
+        )
     began = time.monotonic()
     models = settings_module.load(models_dir=models_dir).models_dir
 

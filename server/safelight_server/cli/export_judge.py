@@ -18,7 +18,9 @@ def export_judge(
 ) -> None:
     """Export a CLIP that measures how well pictures agree with their prompts; needs the extra `export`."""
     if lacking := [module for module in EXTRA if importlib.util.find_spec(module) is None]:
-        raise ExportError(f"{', '.join(lacking)} not installed: pip install 'safelight-server[export]'")
+        raise ExportError(
+            f"{', '.join(lacking)} not installed: in a clone of Safelight, pip install -e clients/python -e '.[export]'"
+        )
     from safelight_server.export.judge import export_judge as write  # imports torch
 
     write(folder, out, typer.echo)

@@ -28,7 +28,7 @@ console = Console()
 
 MAX_STEP = 2**31 - 1
 """Largest value of the protocol's field for steps (int32); the server checks the real limit."""
-Steps = Annotated[int | None, typer.Option("--steps", min=-MAX_STEP, max=MAX_STEP, help="Denoising steps.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, max=MAX_STEP, help="Denoising steps.")]
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -83,7 +83,7 @@ def generate(
         float | None, typer.Option(help="How much the image prompt counts, 0 to 2. Default: 1.")
     ] = None,
     floor_steps: Annotated[
-        int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: accept so few steps.")
+        int | None, typer.Option(min=1, max=MAX_STEP, help="Under load: accept so few steps.")
     ] = None,
     floor_previews: Annotated[
         bool, typer.Option("--floor-previews", help="Under load: accept coarse previews.")
@@ -101,6 +101,10 @@ def generate(
     media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
     if media_type is None:
         raise CommandError(f"--out {out}: the extension must be .png, .jpg or .webp")
+    if out.is_dir():  # refused before the picture is developed
+        raise CommandError(f"--out {out}: is a folder; add the name of a file")
+    if not out.parent.is_dir():
+        raise CommandError(f"--out {out}: there is no folder {out.parent}; make it first")
     check_text(
         {"PROMPT": prompt, "--negative": negative_prompt, "--model": model, "--sampler": sampler, "--branch": branch}
         | {"--adapter": " ".join(adapter or ()), "--control": " ".join(control or ())}

@@ -1,15 +1,20 @@
 """The commands of `safelight` (`safelight --help`). An error is one line on stderr and an exit code.
 
 Exit codes: 1 error of the server, 2 wrong argument or configuration, 130 interrupted.
+
+The client's commands are here and start quickly: whatever imports the server, Redis or the exporter is imported by the
+command that needs it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import grpc
 import structlog
@@ -23,20 +28,11 @@ from safelight import (
     GenerationError,
     TenantQuota,
 )
+from typer.core import TyperGroup
 
 from safelight_server import __version__
 from safelight_server import settings as settings_module
-from safelight_server.api.identity import new_key
-from safelight_server.app.errors import StartError
-from safelight_server.app.process import serve
-from safelight_server.app.server import Running
-from safelight_server.catalog import export as repositories
-from safelight_server.catalog.catalog import ManifestError
-from safelight_server.catalog.export import Accelerator, RepositoryError
-from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
-from safelight_server.cli.activator import activator
-from safelight_server.cli.bills import BillsError, bills_app
 from safelight_server.cli.cache import caches
 from safelight_server.cli.command import (
     DEFAULT_TARGET,
@@ -49,30 +45,57 @@ from safelight_server.cli.command import (
     connect_with,
     run,
 )
-from safelight_server.cli.export import export
-from safelight_server.cli.export_judge import export_judge
-from safelight_server.cli.fetch import FetchError, fetch
 from safelight_server.cli.generate import generate, parse_adapters
-from safelight_server.cli.plan import PlanError, plan
 from safelight_server.cli.quotas import quota_table
-from safelight_server.cli.scaler import scaler
-from safelight_server.export.source import ExportError
-from safelight_server.files import ConfigFileError
-from safelight_server.settings import Settings, SettingsError, is_loopback
+from safelight_server.settings import Settings, is_loopback
 from safelight_server.storage.keyring import write_key_file
-from safelight_server.telemetry import configure_logging
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
+if TYPE_CHECKING:
+    from typer._click.core import Command, Context
+
+    from safelight_server.app.server import Running
+
+IMPORTED_WHEN_NAMED: Mapping[str, str] = {
+    "activator": "activator",
+    "bills": "bills",
+    "export": "export",
+    "export-judge": "export_judge",
+    "fetch": "fetch",
+    "plan": "plan",
+    "repository": "repository",
+    "scaler": "scaler",
+}
+"""Commands by name, each with its module in this package. The function of the command, or its `Typer` if it has commands
+of its own, has the name of its module."""
+ORDER = ("serve", "generate", "demo", "models", "health", "settings", "keys", "cache", "quotas", "bills")
+"""The commands that `safelight --help` lists first; the others follow by name."""
+
+
+class _Commands(TyperGroup):
+    """The commands, some of which are imported when they are named or listed."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        names = {*super().list_commands(ctx), *IMPORTED_WHEN_NAMED}
+        return [*ORDER, *sorted(names.difference(ORDER))]
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        if (module := IMPORTED_WHEN_NAMED.get(cmd_name)) is None:
+            return super().get_command(ctx, cmd_name)
+        found = getattr(importlib.import_module(f"safelight_server.cli.{module}"), module)
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        if isinstance(found, typer.Typer):
+            alone.add_typer(found, name=cmd_name)
+            return typer.main.get_group(alone).get_command(ctx, cmd_name)
+        alone.command(cmd_name)(found)
+        return typer.main.get_command(alone)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None
+)
 keys = typer.Typer(no_args_is_help=True, help="Make API keys for callers, and keys that encrypt cached data.")
 app.add_typer(keys, name="keys")
 app.add_typer(caches, name="cache")
-app.add_typer(bills_app, name="bills")
-app.command()(activator)
-app.command()(fetch)
-app.command()(plan)
-app.command()(export)
-app.command()(export_judge)
-app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)
 
@@ -107,6 +130,9 @@ def serve_command(
     log_format: Annotated[str | None, typer.Option(help=Settings.model_fields["log_format"].description)] = None,
 ) -> None:
     """Run the server in the foreground. `safelight settings` lists all settings, which are environment variables."""
+    from safelight_server.app.process import serve  # a client's command does not wait for the whole server
+    from safelight_server.telemetry import configure_logging
+
     settings = settings_module.load(
         host=host,
         port=port,
@@ -163,9 +189,15 @@ def demo(
     ] = None,
 ) -> None:
     """Start a server, develop several pictures at once, show them, write them, stop the server."""
+    from safelight_server.telemetry import configure_logging
+
     settings = settings_module.load(port=0, models_dir=models_dir, log_level="warning")
     configure_logging("console", "warning")
-    run(demos.demo(settings, out, console, parse_adapters(adapter or ())))
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # fails before anything is developed
+        run(demos.demo(settings, out, console, parse_adapters(adapter or ())))
+    except OSError as error:
+        raise CommandError(f"{error.filename or out}: {error.strerror}") from None
 
 
 @app.command()
@@ -232,29 +264,12 @@ def health(
             try:
                 answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
             except grpc.aio.AioRpcError as error:
-                raise CommandError(f"{target}: {error.details()}") from None
+                raise CommandError(f"{target}: {error.details()}", exit_code=1) from None
             return int(answer.status)
 
     if run(ask()) != health_pb2.HealthCheckResponse.SERVING:
-        raise CommandError(f"{target}: not serving")
+        raise CommandError(f"{target}: not serving", exit_code=1)
     console.print("serving")
-
-
-@app.command()
-def repository(
-    out: Annotated[Path, typer.Option(help="New folder to write.")],
-    target: Annotated[RepositoryTarget, typer.Option(help="Where the repository is used.")] = RepositoryTarget.GPU,
-    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs; each gets an instance of every component.")] = 1,
-    accelerator: Annotated[Accelerator, typer.Option(help="What executes models on a GPU.")] = Accelerator.TENSORRT,
-    bounded_queue: Annotated[
-        bool, typer.Option(help="Priorities and bounds in Triton's queue (docs/operations/triton.md).")
-    ] = False,
-    models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
-) -> None:
-    """Write the model repository for Triton on GPUs (docs/operations/triton.md)."""
-    source = settings_module.load(models_dir=models_dir).models_dir / "repository"
-    repositories.write(source, out, target, gpus, accelerator, bounded_queue=bounded_queue)
-    console.print(f"wrote {out}", highlight=False)
 
 
 @app.command("settings")
@@ -272,6 +287,8 @@ def keys_new(
     admin: Annotated[bool, typer.Option("--admin", help="The key may inspect and purge the caches.")] = False,
 ) -> None:
     """Make an API key: prints it once, and its entry for the key file."""
+    from safelight_server.api.identity import new_key  # imports what verifies tokens, which takes long
+
     key, entry = new_key(caller, tenant, admin=admin)
     typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
 
@@ -313,25 +330,45 @@ def main() -> None:
     _open_standard_files()
     try:
         app()
+    except SystemExit:  # how every command ends; without this clause Python would call _expected_errors
+        raise
     except GenerationError as error:
         faults = "; ".join(f"{field}: {what}" for field, what in error.violations.items())
-        _die(faults or str(error), 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
-    except (
-        CommandError,
-        SettingsError,
-        ManifestError,
+        unheard = error.code is grpc.StatusCode.UNAVAILABLE and not error.reason  # it is no server's refusal
+        hint = "; check --target, and whether `safelight serve` runs there" if unheard else ""
+        _die(faults or f"{error}{hint}", 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except CommandError as error:
+        _die(str(error), error.exit_code)
+    except _expected_errors() as error:
+        _die(str(error), 2)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """The errors whose message is for the user. Imported only when a command has failed, as that takes long."""
+    from safelight_server.app.errors import StartError
+    from safelight_server.catalog.catalog import ManifestError
+    from safelight_server.catalog.export import RepositoryError
+    from safelight_server.cli.bills import BillsError
+    from safelight_server.cli.fetch import FetchError
+    from safelight_server.cli.plan import PlanError
+    from safelight_server.export.source import ExportError
+    from safelight_server.files import ConfigFileError
+    from safelight_server.settings import SettingsError
+
+    return (
         StartError,
-        ConfigFileError,
+        ManifestError,
         RepositoryError,
         demos.DemoError,
         BillsError,
         FetchError,
         PlanError,
         ExportError,
-    ) as error:
-        _die(str(error), 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        ConfigFileError,
+        SettingsError,
+    )
 
 
 def _open_standard_files() -> None:

@@ -16,7 +16,7 @@ from safelight_server.telemetry import configure_logging
 
 log = structlog.get_logger(__name__)
 GRACE_S = 5.0
-EXTRA = "the command needs what safelight-server[scaler] installs: {}"
+EXTRA = "{} not installed: in a clone of Safelight, pip install -e clients/python -e '.[scaler]'"
 
 
 def scaler(

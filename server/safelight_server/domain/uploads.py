@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from safelight_server.domain.picture import Pixels, clip_centre, middle
 
@@ -22,6 +22,17 @@ OFFERED = "send PNG, JPEG or WebP"
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead: Pillow's bound only warns below twice its value
 LONGEST_SHAPE = 16
 """How many times as long as wide an image prompt is scaled; the rest of a longer one is far outside of its middle."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation. Pillow's `exif_transpose` also writes the EXIF data anew, and
+raises AttributeError where a tag has a type that it does not expect."""
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 """What Pillow raises for damaged files."""
 
@@ -110,7 +121,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image if turn is None else image.transpose(turn)
     except _FAULTS as error:
         raise PictureFileError(f"is damaged or cut off: {str(error)[:120]}") from None
 

@@ -50,6 +50,8 @@ log = structlog.get_logger(__name__)
 
 DECIDE_RETRY_S = 0.25
 """Seconds between two checks whether the lease is held, where an outcome waits for that."""
+RENEWAL_S = 5.0
+"""How long a cancel waits for the lease to be renewed."""
 GENERATION_BYTES = 6 << 10
 """Memory of a generation without its request, outputs and events; measured: 5.0 KB with its entries in tables."""
 OUTPUT_BYTES = 1 << 10
@@ -208,6 +210,22 @@ class Generation:
     def may_decide(self) -> bool:
         """Whether this replica may end the generation now: not while the lease may have run out."""
         return self.owned and (self.journal is None or self.journal.held)
+
+    async def until_decidable(self, is_registered: Callable[[], bool]) -> None:
+        """Waits until this replica certainly holds the lease of the generation.
+
+        Args:
+            is_registered: whether the generation is still among those of this replica.
+
+        Raises:
+            UnavailableError: the lease is not renewed in time, or another replica has taken it.
+        """
+        until = time.monotonic() + RENEWAL_S
+        while not self.may_decide and is_registered() and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
+            await asyncio.sleep(DECIDE_RETRY_S)
+        void = self.journal is not None and self.journal.lost
+        if void or (not self.ended and (not self.may_decide or not is_registered())):
+            raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
 
     def _watch_deadline(self) -> None:
         if self.deadline is not None:

@@ -8,12 +8,14 @@ replica can read that content again.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
 from safelight_server.cache.images import Images
 from safelight_server.catalog.manifest import ImagePromptRoom
+from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import (
     FailedPreconditionError,
     FieldViolation,
@@ -107,6 +109,26 @@ class InitImages:
         field = f"spec.{IMAGE_PROMPT_FIELD}"
         pixels = await self._decoded(tenant, spec.image_prompt, field, decode_image_prompt, room.edge_px)
         return ImagePrompt(spec.image_prompt, pixels, spec.image_prompt_scale)
+
+    async def keep_outputs(self, generation: Generation, find: Callable[[Caller, str], Awaitable[Generation]]) -> None:
+        """Keeps the outputs that a generation starts from as pictures of its tenant, which its request then names.
+
+        Args:
+            find: returns the generation of a tenant with an id.
+
+        Raises:
+            NotFoundError, FailedPreconditionError, InvalidRequestError, UnavailableError: an output cannot be used.
+        """
+        request, digests = generation.request, dict[str, str]()
+        for field, name in request.spec.named_outputs.items():
+            _, identifier, _, index = name.split("/")
+            try:
+                source = await find(generation.caller, identifier)
+            except NotFoundError:
+                raise output_not_found(name, f"spec.{field}") from None
+            digests[field] = await self.keep_output(source, int(index), f"spec.{field}")
+        if digests:
+            generation.request = dataclasses.replace(request, spec=request.spec.with_images(digests))
 
     async def keep_output(self, source: Generation, index: int, field: str) -> str:
         """Keeps the picture of an output as if its client had uploaded it. Returns its digest.

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -32,38 +30,38 @@ from safelight_server.domain.errors import (
     SafelightError,
     UnavailableError,
 )
-from safelight_server.domain.events import Disposition, Durability, FinishReason, GenerationState, Queued
+from safelight_server.domain.events import Durability, FinishReason, GenerationState
 from safelight_server.domain.request import PreviewPolicy, Request
 from safelight_server.engine.engine import Engine
+from safelight_server.generations import outcomes
 from safelight_server.generations.admission import BATCH_ROOM, AdmissionLimits
 from safelight_server.generations.degradation import degrade
 from safelight_server.generations.execution import Executions
+from safelight_server.generations.factory import GenerationFactory
 from safelight_server.generations.finished import FinishedGenerations
-from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
+from safelight_server.generations.generation import Generation
 from safelight_server.generations.idempotency import Idempotency
-from safelight_server.generations.init_images import InitImages, output_not_found
+from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
 from safelight_server.generations.planner import Planner
 from safelight_server.generations.pressure import Pressure
+from safelight_server.generations.queue_positions import publish_queue_positions
 from safelight_server.generations.suspended import SuspendedGenerations
 from safelight_server.generations.unread_bytes import UnreadBytes
 from safelight_server.prices import ComputePrice
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
-from safelight_server.stream import EventLog, SendTurns, Watcher
+from safelight_server.stream import Watcher
 from safelight_server.telemetry import Metrics, Stage
-from safelight_server.telemetry.tracing import UNTRACED
 
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.25
 TICKS_PER_PRESSURE = 4
 """Pressure is updated every so many ticks: each update visits all outputs, and queues change over seconds."""
-ANSWER_S = 5.0
-"""How long a cancel waits for the lease to be renewed."""
 
 
 class Generations:
@@ -99,14 +97,12 @@ class Generations:
         self._clock = clock
         self._now = time.time if context is None else context.sealer.now
         self._metrics = metrics
-        self._charge = charge
-        self._price = price
         self._images = images
         most = settings.max_waiting_outputs
         waiting = dict.fromkeys(Priority, most) | {Priority.BATCH: BATCH_ROOM * most}
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
         wait_s = {Priority[name.upper()]: seconds for name, seconds in settings.class_wait_s.items()}
-        self._pressure = Pressure(wait_s, self._pressure_changed)
+        self._pressure = Pressure(wait_s, functools.partial(outcomes.count_pressure, metrics))
         self._planner = Planner(
             catalog, runtime, engine, executions, cache, limits, images, metrics.requested, leased_runners
         )
@@ -121,10 +117,12 @@ class Generations:
         )
         self._suspended = SuspendedGenerations(settings.max_lost)
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
+        self._factory = GenerationFactory(
+            settings, clock, self._now, engine.outage.late, on_end=self._ended, charge=charge, price=price
+        )
         self._draining = False
         self._generation_ended = asyncio.Event()
         self._streams = OpenStreams()
-        self._turns = SendTurns()
         self._unread = UnreadBytes(settings.max_unread_bytes, self._streams, self._suspended, self._end_stalled)
 
     def inspect(self) -> Inspection:
@@ -144,11 +142,6 @@ class Generations:
             executions=self._planner.num_executions,
             keeping=self._planner.num_keeping,
         )
-
-    @property
-    def num_streams(self) -> int:
-        """Open streams."""
-        return len(self._streams)
 
     # --- starting ---
 
@@ -172,7 +165,7 @@ class Generations:
             await started.wait()  # then look again: the other request may have been refused
         self._refuse_while_draining()
         self._unread.check(caller)
-        generation = self._make(secrets.token_hex(16), caller, request, stage, time_left_s)
+        generation = self._factory.make(secrets.token_hex(16), caller, request, stage, time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         started = self._starting[generation.identifier] = asyncio.Event()
@@ -198,9 +191,12 @@ class Generations:
             return other
         branched_from = None
         if request.branch is not None:
-            branched_from = await self.find(generation.caller, request.branch.generation_id, tend=False)
+            try:
+                branched_from = await self.find(generation.caller, request.branch.generation_id, tend=False)
+            except NotFoundError as error:
+                raise outcomes.in_field(error, "branch.generation") from None
         with generation.stage.within("lookup"):
-            await self._keep_outputs(generation)
+            await self._images.keep_outputs(generation, functools.partial(self.find, tend=False))
             plans = await self._planner.plan(generation, branched_from)
             if self._pressure.on(request.priority):
                 plans = await degrade(self._planner, generation, plans)
@@ -211,37 +207,8 @@ class Generations:
         self._live[generation.identifier] = generation
         with generation.stage.within("admission"):
             self._planner.submit(generation, plans, generation.left_s)
-        self._count_degradations(generation)
+        outcomes.count_degradations(generation, self._metrics)
         return None
-
-    async def _keep_outputs(self, generation: Generation) -> None:
-        """Keeps the outputs that it starts from as pictures of its tenant, which its request then names.
-
-        Raises:
-            NotFoundError, FailedPreconditionError, InvalidRequestError, UnavailableError: an output cannot be used.
-        """
-        request, digests = generation.request, dict[str, str]()
-        for field, name in request.spec.named_outputs.items():
-            _, identifier, _, index = name.split("/")
-            try:
-                source = await self.find(generation.caller, identifier, tend=False)
-            except NotFoundError:
-                raise output_not_found(name, f"spec.{field}") from None
-            digests[field] = await self._images.keep_output(source, int(index), f"spec.{field}")
-        if digests:
-            generation.request = dataclasses.replace(request, spec=request.spec.with_images(digests))
-
-    def _count_degradations(self, generation: Generation) -> None:
-        given_up = generation.degradations
-        for loss in given_up:
-            self._metrics.degraded(loss.kind.value, generation.request.priority.name.lower())
-        if given_up:
-            what = {loss.kind.value: f"{loss.requested} to {loss.applied}" for loss in given_up}
-            log.info("degraded", generation=generation.name, priority=generation.request.priority.name, **what)
-
-    def _pressure_changed(self, priority: Priority, late: bool, load: float) -> None:
-        self._metrics.pressure(priority.name.lower(), late)
-        log.info("pressure_began" if late else "pressure_ended", priority=priority.name, load=round(load, 2))
 
     def under_pressure(self, priority: Priority) -> bool:
         """Whether requests of a class are degraded now, as far as their quality floors allow."""
@@ -255,7 +222,7 @@ class Generations:
         try:
             return await self.find(caller, identifier)
         except NotFoundError:
-            raise _outcome_expired(identifier, request) from None
+            raise outcomes.expired(identifier, request) from None
 
     async def _known_elsewhere(self, caller: Caller, identifier: str, request: Request) -> Generation:
         try:
@@ -265,33 +232,6 @@ class Generations:
                 raise
             # it was refused after its record had been read here, and nothing is left of it
             raise UnavailableError("another replica has just refused it; try again", retry_after_s=0.1) from None
-
-    def _make(
-        self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
-    ) -> Generation:
-        name, sizes = f"generations/{identifier}", self._settings
-        events = EventLog(
-            name,
-            self._clock,
-            chunk_bytes=sizes.chunk_bytes,
-            max_watchers=sizes.max_watchers,
-            tenant=caller.tenant,
-            turns=self._turns,
-        )
-        return Generation(
-            identifier,
-            caller,
-            request,
-            events,
-            self._clock,
-            stage,
-            deadline=None if time_left_s is None else self._clock() + time_left_s,
-            late=self._engine.outage.late,
-            charge=functools.partial(self._charge, caller.tenant, request.spec.model),
-            price=self._price,
-            on_end=self._ended,
-            now=self._now,
-        )
 
     # --- finding ---
 
@@ -330,21 +270,8 @@ class Generations:
         if not generation.owned and not generation.ended and self._ownership is not None:
             await self._ownership.mirrors.ask(generation, CANCEL)
         if generation.owned:
-            await self._until_decidable(generation)
+            await generation.until_decidable(lambda: generation.identifier in self._live)
             generation.stop(GenerationCancelledError("it was cancelled"))
-
-    async def _until_decidable(self, generation: Generation) -> None:
-        """Waits until its lease is certainly held.
-
-        Raises:
-            UnavailableError: the lease is not renewed in time, or another replica has taken it.
-        """
-        until = time.monotonic() + ANSWER_S
-        while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
-            await asyncio.sleep(DECIDE_RETRY_S)
-        void = generation.journal is not None and generation.journal.lost
-        if void or (not generation.ended and (not generation.may_decide or generation.identifier not in self._live)):
-            raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
         """Changes the priority of a generation, on whatever replica it runs."""
@@ -452,7 +379,7 @@ class Generations:
         if generation.request.request_id:
             settle = self._requests.release if retryable else self._requests.ended
             settle(generation.caller, generation.request.request_id)
-        _count_outcome(generation, self._metrics)
+        outcomes.count_outcome(generation, self._metrics)
 
     def _forget(self, generation: Generation) -> None:
         if self._live.get(generation.identifier) is generation:
@@ -464,14 +391,7 @@ class Generations:
 
     def revive(self, record: GenerationRecord) -> Generation:
         """Makes a generation from the record of another replica that accepted it; nothing is started."""
-        left = None if record.deadline_at is None else record.deadline_at - self._now()
-        generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
-        generation.owned, generation.log.begun_elsewhere = False, True
-        generation.create_time = record.create_time
-        generation.numerics_id = record.numerics_id
-        for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):
-            output.origin, output.starts = origin, starts
-        return generation
+        return self._factory.revive(record)
 
     def owned(self, generation: Generation) -> bool:
         """Registers a generation that this replica owns from now on.
@@ -534,7 +454,7 @@ class Generations:
             began = loop.time()
             await asyncio.sleep(TICK_S)
             self._metrics.loop_lag.observe(max(0.0, loop.time() - began - TICK_S))
-            self._publish_queue_positions()
+            publish_queue_positions(self._engine.scheduler, self._live.values(), self._now())
             num_ticks += 1
             if num_ticks % TICKS_PER_PRESSURE == 0:
                 scheduler = self._engine.scheduler
@@ -544,22 +464,6 @@ class Generations:
                 self._end_stalled(watcher)
             self._unread.relieve(self._live.values(), now)
             self._finished.trim()
-
-    def _publish_queue_positions(self) -> None:
-        scheduler = self._engine.scheduler
-        if not scheduler.num_waiting():
-            return
-        positions = {
-            output_id: position
-            for priority in Priority
-            for position, output_id in enumerate(scheduler.waiting_order(priority))
-        }
-        seconds_each = scheduler.backlog_s() / max(1, scheduler.num_outputs)  # at the pace of all that is here
-        now = datetime.fromtimestamp(self._now(), UTC)
-        for generation in self._live.values():
-            first = min((positions[number] for number in generation.output_ids if number in positions), default=None)
-            if generation.state is GenerationState.QUEUED and first is not None:
-                generation.log.publish(Queued(first, now + timedelta(seconds=first * seconds_each)))
 
     def _end_stalled(self, watcher: Watcher) -> None:
         error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
@@ -589,41 +493,6 @@ class Generations:
         if generation.durability is Durability.REPLICATED:
             self._move(generation)
         elif generation.ended:
-            self._streams.end_all(generation, _drained(generation))
+            self._streams.end_all(generation, outcomes.drained(generation))
         else:
-            generation.stop(_drained(generation), FinishReason.FAILED)
-
-
-def _count_outcome(generation: Generation, metrics: Metrics) -> None:
-    """Counts in the metrics how a generation ended, what caches saved, and its previews."""
-    events, times = generation.log, generation.times
-    assert times.ended is not None
-    code = "OK" if generation.error is None else generation.error.status.name
-    priority = generation.priority.name.lower()
-    metrics.ended(code, times.ended - times.accepted, generation.caller.tenant, priority)
-    for origin in generation.origins:
-        if origin is not None and origin.disposition is not Disposition.MISS:
-            metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
-    waited = None if events.first_preview_at is None else events.first_preview_at - times.accepted
-    metrics.previews(events.num_previews, events.preview_bytes, events.num_dropped, waited, priority)
-
-
-def _drained(generation: Generation) -> UnavailableError:
-    """The error by which a draining server ends a generation, with what a client needs to send it to another server."""
-    metadata = {"generation": generation.name, "request_id": generation.request.request_id}
-    metadata["seeds"] = ",".join(map(str, generation.request.spec.seeds))
-    return UnavailableError(
-        "the server stops; send the same spec with these seeds to another",
-        reason="DRAINING",
-        metadata=metadata,
-        retry_after_s=1.0,
-    )
-
-
-def _outcome_expired(identifier: str, request: Request) -> FailedPreconditionError:
-    """The error for a request id whose generation is no longer kept: a request id never runs or bills twice."""
-    return FailedPreconditionError(
-        f"request_id {request.request_id} has ended and its pictures are no longer kept; use a new one to run it again",
-        reason="OUTCOME_EXPIRED",
-        metadata={"request_id": request.request_id, "generation": f"generations/{identifier}"},
-    )
+            generation.stop(outcomes.drained(generation), FinishReason.FAILED)

@@ -138,4 +138,9 @@ def _names_loopback(request: Request) -> bool:
 
 async def _refused(_request: Request, refusal: Exception) -> Response:
     assert isinstance(refusal, HTTPException)
+    allowed = (refusal.headers or {}).get("Allow")
+    if refusal.status_code == 404:
+        refusal = HTTPException(404, "there is nothing at this path; docs/http.md lists those of this server")
+    elif refusal.status_code == 405 and allowed:
+        refusal = HTTPException(405, f"use {allowed} at this path", refusal.headers)
     return refusal_response(refusal)

@@ -340,6 +340,8 @@ def _in_parameter(fault: error_details_pb2.BadRequest.FieldViolation, message: p
     field, what = fault.field, fault.description
     if (scale := ADAPTER_SCALE.fullmatch(field)) is not None:
         what = f"{shown(message.spec.adapters[int(scale[1])].name)} {what}"
+    if field == "spec.outputs":
+        what = what.replace("have at most", "be at most").removesuffix(" entries")
     if field.startswith("spec.adapters"):
         return FieldViolation("adapters", what)
     return FieldViolation(PARAMETERS.get(field) or field.rpartition(".")[2], what)
@@ -357,6 +359,10 @@ def _named(fault: ErrorDetails) -> tuple[str, str]:
         return name, UNSUPPORTED.get(name, "is no parameter of this server; leave it out")
     if kind in ("literal_error", "string_pattern_mismatch"):
         return name, ONLY[name]
+    if kind in ("too_short", "too_long") and name == "guidance_interval":
+        return name, "must be two numbers, [start, end]"
+    if kind == "string_too_long":
+        return name, f"must have at most {fault['ctx']['max_length']} characters"
     if kind == "missing":
         return name, "must say what the picture shows"
     return name, fault["msg"].replace("Input should", "must")

@@ -243,7 +243,8 @@ def _request_id(request_id: str, faults: Violations) -> str:
 
 
 def _check_labels(labels: Mapping[str, str], faults: Violations) -> None:
-    if not faults.check(len(labels) <= MAX_LABELS, "labels", f"at most {MAX_LABELS} are kept"):
+    too_many = f"has {len(labels)} entries; at most {MAX_LABELS} are taken"
+    if not faults.check(len(labels) <= MAX_LABELS, "labels", too_many):
         return
     for key, value in labels.items():
         field = f"labels[{shown(key)}]"

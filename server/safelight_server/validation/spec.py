@@ -262,8 +262,9 @@ def _init_image(
         if not message.init_image:
             return "", 1.0, ""
     if not message.init_image:
-        faults.check(not message.HasField("strength"), "spec.strength", "goes with init_image; leave it out")
-        faults.check(not message.mask, "spec.mask", "goes with init_image; leave it out")
+        what = "goes with init_image: give that too, or leave this out"
+        faults.check(not message.HasField("strength"), "spec.strength", what)
+        faults.check(not message.mask, "spec.mask", what)
         return "", 1.0, ""
     what = f"{model} cannot start from a picture: it has no encoder; ListModels shows which models can"
     faults.check(pipeline.has_encoder, "spec.init_image", what)

@@ -5,6 +5,8 @@ const PATIENCE_MS = 30_000;  // after the last event; as long as the state is ke
 const FIRST_WAIT_MS = 100;
 const MAX_WAIT_MS = 2_000;
 const RESUMABLE = new Set(["WATCHER_STALLED", "MOVED"]);
+const UNKNOWN = "GENERATION_NOT_FOUND";
+const FORGOTTEN = "The server no longer knows this picture: it was started anew, or too much time has passed.";
 const GENERATE = ["Generate", ["safelight.v1.GenerateRequest", "safelight.v1.GenerateResponse"]];
 const WATCH = ["WatchGeneration", ["safelight.v1.WatchGenerationRequest", "safelight.v1.WatchGenerationResponse"]];
 
@@ -33,6 +35,7 @@ export async function* follow(request, { apiKey, signal, lost }) {
       if (!done) throw new CallError("The stream ended before the picture had.", { reason: "UNAVAILABLE", lost: true });
     } catch (error) {
       if (done) return;  // all has come
+      if (name && error.reason === UNKNOWN) throw new CallError(FORGOTTEN, { reason: UNKNOWN });
       const resumable = name && (error.lost || RESUMABLE.has(error.reason));
       const waitMs = Math.min(MAX_WAIT_MS, FIRST_WAIT_MS * 2 ** tries) * (0.5 + Math.random() / 2);
       if (!resumable || performance.now() + waitMs > lastAt + PATIENCE_MS) throw error;

@@ -11,6 +11,8 @@ const FROM_TEXT = ENUMS["safelight.v1.Task"].TASK_TEXT_TO_IMAGE;
 
 const part = (id) => document.getElementById(id);
 const pictures = [];
+const NOTHING_YET = part("empty").textContent;
+const NO_MODEL = "No model of this server makes pictures from text alone.";
 
 const sheet = {
   slots: new Slots(MAX_STREAMS),
@@ -52,7 +54,8 @@ async function showModels() {
   const types = ["safelight.v1.ListModelsRequest", "safelight.v1.ListModelsResponse"];
   for await (const listed of call("ModelService", "ListModels", types, {}, { apiKey: sheet.apiKey() })) {
     const models = listed.models.filter(({ tasks }) => tasks.includes(FROM_TEXT));  // the page has no picture and mask
-    if (!models.length) sheet.say("No model of this server makes pictures from text alone.");
+    part("empty").textContent = models.length ? NOTHING_YET : NO_MODEL;
+    if (!models.length) sheet.say(NO_MODEL);
     const options = models.map(({ name, description, is_default: chosen }) => {
       const option = new Option(name.replace("models/", ""), name, chosen, chosen);
       option.title = description;

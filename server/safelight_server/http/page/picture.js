@@ -6,6 +6,7 @@ import { ENUMS } from "./messages.js";
 const MODES = ENUMS["safelight.v1.CachePolicy.Mode"];
 const DISPOSITIONS = ENUMS["safelight.v1.CacheResult.Disposition"];
 const CANCELLED = "GENERATION_CANCELLED";
+const CANCEL_MS = 3_000;  // a cancel may get no connection, since other tabs of the page share the browser's six
 const SOURCES = {
   [DISPOSITIONS.DISPOSITION_COALESCED]: "developed together with the same picture",
   [DISPOSITIONS.DISPOSITION_EXACT]: "there already",
@@ -100,8 +101,9 @@ export class Picture {
       return;
     }
     const types = ["safelight.v1.CancelGenerationRequest", "safelight.v1.CancelGenerationResponse"];
+    const limits = { apiKey: this.sheet.apiKey(), signal: AbortSignal.timeout(CANCEL_MS) };
     try {
-      for await (const _ of call("GenerationService", "CancelGeneration", types, { name: this.generation }, { apiKey: this.sheet.apiKey() }));
+      for await (const _ of call("GenerationService", "CancelGeneration", types, { name: this.generation }, limits));
     } catch {
       this.leaving.abort();  // a client that leaves cancels its generation too
     }
