@@ -65,8 +65,10 @@ IMPORTED_WHEN_NAMED: Mapping[str, str] = {
     "repository": "repository",
     "scaler": "scaler",
 }
-"""Commands by name, each with its module in this package. The function of the command, or its `Typer` if it has commands
-of its own, has the name of its module."""
+"""Commands by name, each with its module in this package.
+
+The command's function, or its `Typer` if it has commands of its own, has the name of the module.
+"""
 ORDER = ("serve", "generate", "demo", "models", "health", "settings", "keys", "cache", "quotas", "bills")
 """The commands that `safelight --help` lists first; the others follow by name."""
 
