@@ -64,7 +64,7 @@ class LoraRecipe:
     layers: AdapterLayers = AdapterLayers.ALL
     batch_size: int = 32
     learning_rate: float = 2e-3
-    num_samples: int = 24_000
+    num_samples: int = 12_000
 
     @property
     def num_steps(self) -> int:
