@@ -12,8 +12,9 @@ For a folder of models that `safelight export --format both` wrote:
    `--runtime triton`.
 
 A part fails if the mean difference of a picture's bytes from the reference exceeds
-`--tolerance`. It needs `pip install 'safelight-server[torch]'`, and for part
-3 also `[tensorrt]` in the version of Triton's container, in which it must run.
+`--tolerance`. It needs the extra `torch` (in a clone: `pip install -e
+clients/python -e '.[torch]'`), and for part 3 also `tensorrt` in the version of
+Triton's container, in which it must run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 NEVER EXECUTED by this project's tests, which need no GPU. It is written against the
 documentation of TensorRT 10's Python API; only its arguments and profiles are
 tested. Run it on a GPU of the kind that will serve, with the TensorRT version
-of Triton's container (`pip install 'safelight-server[tensorrt]'`): a plan works with
+of Triton's container (in a clone: `pip install -e clients/python -e '.[tensorrt]'`): a plan works with
 no other version or GPU.
 
 For each model whose backend is "tensorrt": float16 kernels are allowed
@@ -66,7 +66,9 @@ def build(config: ModelConfig, source: Path, plan: Path, timings: Path) -> None:
     try:
         import tensorrt as trt  # an optional extra, needed only on the machine that builds
     except ImportError as error:
-        raise RepositoryError(f"{error}: pip install 'safelight-server[tensorrt]'") from None
+        raise RepositoryError(
+            f"{error}: in a clone of Safelight, pip install -e clients/python -e '.[tensorrt]'"
+        ) from None
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(0)

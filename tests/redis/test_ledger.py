@@ -491,7 +491,7 @@ def test_what_is_wrong_is_said(command, stream, table, dynamodb, monkeypatch):
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     assert command("--table", table).errors == f"safelight: --table {table}: You must specify a region.\n"
     monkeypatch.setitem(sys.modules, "boto3", None)
-    needs = "it needs what safelight-server[aws] installs: boto3"
+    needs = "boto3 not installed: in a clone of Safelight, pip install -e clients/python -e '.[aws]'"
     assert command("--table", table).errors == f"safelight: --table {table}: {needs}\n"
     monkeypatch.delenv("SAFELIGHT_REDIS_URL")
     assert "--redis-url / SAFELIGHT_REDIS_URL: is needed" in command().errors

@@ -50,7 +50,9 @@ class DynamoTable:
             import boto3  # here, since the extra may be missing
             from botocore.config import Config
         except ModuleNotFoundError as error:
-            raise TableError(f"it needs what safelight-server[aws] installs: {error.name}") from error
+            raise TableError(
+                f"{error.name} not installed: in a clone of Safelight, pip install -e clients/python -e '.[aws]'"
+            ) from error
         self._name = name
         self._sleep = sleep
         # "standard" retries throttling and lost connections, with growing random waits. Every write may be repeated.
