@@ -121,12 +121,12 @@ class Prompts:
     def _key(
         self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int], changes: TextChanges = ()
     ) -> str:
-        encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256 or pipeline.digest
+        encoder = pipeline.component_digest(Component.TEXT_ENCODER)
         what = fingerprint.embedding(encoder, self._numerics_id(pipeline.name), token_ids, changes)
         return f"{namespace.prefix}/prompt/{fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, what)}"
 
     def _image_key(self, namespace: Namespace, pipeline: Pipeline, digest: str) -> str:
-        encoder = pipeline.manifest.components[Component.IMAGE_ENCODER].sha256 or pipeline.digest
+        encoder = pipeline.component_digest(Component.IMAGE_ENCODER)
         what = fingerprint.image_prompt(encoder, self._numerics_id(pipeline.name), digest)
         return f"{namespace.prefix}/prompt/{fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, what)}"
 

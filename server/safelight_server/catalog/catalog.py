@@ -112,6 +112,17 @@ class Pipeline:
         """The model's id, as in "models/{name}": the manifest's, and icons@int8 of a quantized revision of icons."""
         return revisions.served_name(self.manifest.name, self.manifest.revision)
 
+    def component_digest(self, component: Component) -> str:
+        """Digest of all that decides a component's results, apart from the runtime; equal for equal components.
+
+        An ONNX file whose weights lie beside it does not name them, and of the `torch` runtime's files none is a
+        component's own: the digest is that of the pipeline then.
+        """
+        file = self.manifest.components[component]
+        if not file.sha256:
+            return self.digest
+        return file.sha256 if file.data_sha256 is None else f"{file.sha256}-{file.data_sha256}"
+
     @property
     def precision(self) -> str:
         """What the denoiser computes with: "f32", or the scheme that it is quantized by."""

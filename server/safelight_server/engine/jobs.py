@@ -65,7 +65,7 @@ class InitImage:
     def name(self, pipeline: Pipeline) -> str:
         """The name of its encoding, equal for equal encodings."""
         height, width, _ = self.pixels.shape
-        return f"{pipeline.manifest.components[Component.ENCODER].sha256}:{self.digest}:{width}x{height}"
+        return f"{pipeline.component_digest(Component.ENCODER)}:{self.digest}:{width}x{height}"
 
     def clean_latent(self, pipeline: Pipeline, encoding: Embedding, seed: int) -> CleanLatent:
         """Its latent for an output.
@@ -129,7 +129,7 @@ class ImagePrompt:
 
     def name(self, pipeline: Pipeline) -> str:
         """The name of its encoding, equal for equal encodings."""
-        return f"{pipeline.manifest.components[Component.IMAGE_ENCODER].sha256}:{self.digest}"
+        return f"{pipeline.component_digest(Component.IMAGE_ENCODER)}:{self.digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +268,6 @@ def _encoded(pipeline: Pipeline, encoding: Embedding, seed: int, what: int) -> F
 
 def prompt_name(pipeline: Pipeline, token_ids: Sequence[int], adapters: Sequence[PromptAdapter] = ()) -> str:
     """The name of a prompt, equal for prompts with equal embeddings: the same adapters change the text encoder."""
-    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+    encoder = pipeline.component_digest(Component.TEXT_ENCODER)
     changes = "".join(f";{sha256}*{scale!r}" for sha256, scale in (adapter.key for adapter in adapters))
     return f"{encoder}:{','.join(map(str, token_ids))}{changes}"
