@@ -1,4 +1,7 @@
-"""Adapters on the torch runtime, as diffusers saves them: whole pictures against diffusers' pipelines, and mixed batches."""
+"""Adapters on the torch runtime, as diffusers saves them: whole pictures against diffusers' pipelines, and mixed batches.
+
+CI has the kinds that differ most; `SAFELIGHT_ALL_PARITY=1 make test-training` has all, and transformers on ONNX Runtime too.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from safelight_server.app.server import Running
 from safelight_server.catalog import catalog, config_pbtxt
 from safelight_server.domain.component import Component
 from safelight_server.export import memory
-from safelight_server.export.adapters import GivenAdapters, target_names
+from safelight_server.export.adapters import AdaptedConvolution, AdaptedLinear, target_names
 from safelight_server.export.exporter import export, load_components, round_weights
 from safelight_server.export.plan import AdapterLayers, ExportFormat, ExportOptions
 from safelight_server.export.source import ExportError
@@ -46,6 +49,7 @@ pytestmark = [
 ]
 PROMPT, SEED, STEPS, GUIDANCE, ROOM = "an old castle at night", 7, 4, 3.0, 8
 SIZES = ((16, 24), (32, 16))
+EVERY = bool(os.environ.get("SAFELIGHT_ALL_PARITY"))
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 JOINT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -60,7 +64,7 @@ class Kind:
         make: a small random one.
         usual: the layers that diffusers' training script changes where it is not told others.
         asked: how diffusers' pipeline is asked for `GUIDANCE`.
-        format: what is exported. CI has one of both formats, as ONNX takes most of a minute.
+        format: what is exported.
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -77,13 +81,13 @@ KINDS = {
         lambda: folders.flux_pipeline(is_distilled=True),
         [*ATTENTION, *JOINT, *FEED_FORWARD],
         {"guidance_scale": GUIDANCE, **T5},
-        ExportFormat.BOTH,
+        ExportFormat.BOTH if EVERY else ExportFormat.TORCH,
     ),
     "sd3": Kind(
         folders.sd3_pipeline,
         [*ATTENTION, *JOINT],
         {"guidance_scale": GUIDANCE, "negative_prompt": "", **T5},
-        ExportFormat.BOTH if os.environ.get("SAFELIGHT_ALL_PARITY") else ExportFormat.TORCH,
+        ExportFormat.BOTH if EVERY else ExportFormat.TORCH,
     ),
     "z-image": Kind(
         folders.z_image_pipeline,
@@ -164,7 +168,7 @@ def made(kind: Kind, place: Path) -> Exported:
     return Exported(pipeline, place / "models", place / "adapters", kind)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS if EVERY else ["sd15", "flux", "z-image"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.set_num_threads(1)
     return made(KINDS[request.param], tmp_path_factory.mktemp(request.param))
@@ -322,7 +326,8 @@ async def test_rows_without_adapters_cost_nothing_of_them_and_have_the_bits_of_a
     def read(_: Any) -> None:
         raise AssertionError("weights that no row has are copied")
 
-    monkeypatch.setattr(GivenAdapters, "_added", computed)
+    for layer in (AdaptedLinear, AdaptedConvolution):
+        monkeypatch.setattr(layer, "_product", computed)
     stable = StableRows(given["adapter_weights"].shape[1:], np.zeros(3, np.int64), read)
     assert np.array_equal(await predicted(exact, {**given, "adapter_weights": stable}), wanted)
 
@@ -331,15 +336,15 @@ async def test_a_call_that_runs_beside_another_has_its_own_adapters(exported, ex
     """Instances share a network. The first call is held in its first layer until the second one has ended."""
     given = rows_of_denoiser(exported, 2)
     with_them, bare = await predicted(exact, given), await predicted(exact, without(given, 0, 1))
-    added, first_is_in, second_is_out = GivenAdapters._added, threading.Event(), threading.Event()
+    product, first_is_in, second_is_out = AdaptedLinear._product, threading.Event(), threading.Event()
 
-    def held(self: GivenAdapters, number: int, x: torch.Tensor) -> torch.Tensor:
+    def held(self: AdaptedLinear, *given: torch.Tensor) -> torch.Tensor:
         if not first_is_in.is_set():
             first_is_in.set()
             assert second_is_out.wait(60)
-        return added(self, number, x)
+        return product(self, *given)
 
-    monkeypatch.setattr(GivenAdapters, "_added", held)
+    monkeypatch.setattr(AdaptedLinear, "_product", held)
     first = asyncio.create_task(predicted(exact, given, 0))
     assert await asyncio.to_thread(first_is_in.wait, 60)
     try:
