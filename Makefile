@@ -185,8 +185,9 @@ test-image: image ## Run the images with podman and develop a picture in them (4
 KUBERNETES_TESTS := tests/kubernetes
 test-kubernetes: image .tools/helm .tools/kubernetes/.installed .tools/kubernetes/kube-router .tools/kubernetes/keda/.installed ## Install, upgrade, drain, kill, scale and shut off on a real cluster (first 40 min of Go, then 20; needs root; KUBERNETES_TESTS=one file)
 	tools/install-system-packages kubernetes
-	deploy/image/build scaler
-	deploy/image/pack out/image/gateway.tar out/image/triton.tar out/image/scaler.tar
+	deploy/image/build scaler archiver
+	cd tools/kubernetes && go mod download sigs.k8s.io/gateway-api@v1.3.0  # the tests have no network
+	deploy/image/pack out/image/gateway.tar out/image/triton.tar out/image/scaler.tar out/image/archiver.tar
 	SAFELIGHT_TEST_CLUSTER=unshared unshare --net --mount --pid --fork --kill-child --mount-proc catatonit -- \
 	  $(PY) -m pytest -q -s $(KUBERNETES_TESTS)
 

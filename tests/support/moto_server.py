@@ -11,7 +11,7 @@ from collections.abc import Iterator
 SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server = ThreadedMotoServer(ip_address=sys.argv[1], port=0, verbose=False)
 server.start()
 print(*server.get_host_and_port(), sep=":", flush=True)
 sys.stdin.read()
@@ -21,10 +21,10 @@ server.stop()
 
 
 @contextlib.contextmanager
-def moto_server(**environment: str) -> Iterator[str]:
-    """Runs the server during the block, with further variables in its environment. Its URL."""
+def moto_server(host: str = "127.0.0.1", **environment: str) -> Iterator[str]:
+    """Runs the server on an address during the block, with further variables in its environment. Its URL."""
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
+        [sys.executable, "-c", SERVER, host],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
