@@ -94,7 +94,7 @@ test: setup ## Run the tests that need nothing but the virtual environment (4 to
 	$(PY) -m pytest -q tests/unit tests/integration
 
 .PHONY: test-training
-test-training: .venv-training/.installed ## Run the tests against torch and diffusers (7 to 9 min)
+test-training: .venv-training/.installed ## Run the tests against torch and diffusers (14 to 18 min)
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
@@ -194,7 +194,7 @@ test-kubernetes: image .tools/helm .tools/kubernetes/.installed .tools/kubernete
 .PHONY: test-simulation
 SCHEDULES := 100000
 SEED := 1
-test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 9 min on two cores)
+test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 7 min on two cores)
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest

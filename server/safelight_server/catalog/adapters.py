@@ -27,7 +27,7 @@ import structlog
 
 from safelight_server.catalog import original_names, safetensors
 from safelight_server.catalog.adapter_names import diffusers_name, plain_name
-from safelight_server.catalog.manifest import AdapterRoom
+from safelight_server.catalog.manifest import AdapterRoom, AdapterTarget
 from safelight_server.catalog.safetensors import SafetensorsError
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.files import LOOK_EVERY_S, read_regular_file
@@ -129,12 +129,10 @@ class AdapterFile:
                 return f"changes {layer}, which is no target of the model (safelight export --adapter-layers)"
             own = [target.inputs, target.outputs, target.edge]
             if form != own:
-                return f"changes {target.name} as {_form(*form)}; the model's is {_form(*own)}"
+                inputs, outputs, edge = form
+                changed = AdapterTarget(name=layer, inputs=inputs, outputs=outputs, kernel=edge if edge > 1 else None)
+                return f"changes {target.name} as {changed.form}; the model's is {target.form}"
         return ""
-
-
-def _form(inputs: int, outputs: int, edge: int) -> str:
-    return f"{inputs} to {outputs}" + (f" by {edge} x {edge}" if edge > 1 else "")
 
 
 def is_of_text(layer: str) -> bool:

@@ -317,6 +317,12 @@ class AdapterTarget(_Strict):
         return self.kernel or 1
 
     @property
+    def form(self) -> str:
+        """Its sizes, for messages."""
+        kernel = "" if self.kernel is None else f" by {self.kernel} x {self.kernel}"
+        return f"{self.inputs} to {self.outputs}{kernel}"
+
+    @property
     def num_down(self) -> int:
         """Numbers of a row of A."""
         return self.inputs * self.edge**2

@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformerB
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safelight_server.catalog.manifest import AdapterRoom, AdapterTarget
+from safelight_server.catalog.manifest import AdapterRoom
 from safelight_server.export.plan import AdapterLayers
 from safelight_server.export.source import ExportError
 
@@ -254,14 +254,9 @@ def fitting(denoiser: nn.Module, room: AdapterRoom) -> Adapters:
     for target, layer in zip(room.targets, own.targets, strict=True):
         if target != layer:
             raise ExportError(
-                f"adapters: {target.name} is {_form(target)} in pipeline.json; it is {_form(layer)} in the denoiser"
+                f"adapters: {target.name} is {target.form} in pipeline.json; it is {layer.form} in the denoiser"
             )
     return made
-
-
-def _form(target: AdapterTarget) -> str:
-    kernel = "" if target.kernel is None else f" by {target.kernel} x {target.kernel}"
-    return f"{target.inputs} to {target.outputs}{kernel}"
 
 
 @contextlib.contextmanager
