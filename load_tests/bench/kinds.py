@@ -16,7 +16,7 @@ import io
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -37,14 +37,18 @@ NONE = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m")
 PLAIN = "text"
 CONTROLS = ("edges", "depth")
-ADAPTER, ADAPTER_RANK = "random", 8
+ADAPTERS = tuple(f"random-{number}" for number in range(8))
+ADAPTER_RANK = 8
 Upload = Callable[[str], Awaitable[dict[str, list[bytes]]]]
 """Makes the specs of each kind for the server at an address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure: `pictures` for each client. `folders` are those of `tests/training/folders.py` to export."""
+    """How much to measure: `pictures` for each client. `folders` are those of `tests/training/folders.py` to export.
+
+    The model with adapters, controls and image prompts is larger, so it makes fewer pictures, of fewer steps.
+    """
 
     num_clients: tuple[int, ...] = (1, 8, 16)
     pictures: int = 12
@@ -53,6 +57,8 @@ class Plan:
     models: Path = Path("models")
     folders: tuple[str, ...] = ("pipeline", "sdxl_pipeline")
     conditions: bool = True
+    condition_pictures: int = 3
+    condition_steps: int = 5
 
 
 SMOKE = Plan(num_clients=(2,), pictures=1, num_steps=2, rounds=1, folders=(), conditions=False)
@@ -66,7 +72,8 @@ def measure(plan: Plan) -> Report:
     if plan.conditions and has_torch:
         with tempfile.TemporaryDirectory() as scratch:
             models = _conditioned(Path(scratch))
-            tables["Adapters, controls and image prompts"] = _of_kinds(plan, models, upload_conditions)
+            shorter = replace(plan, pictures=plan.condition_pictures, num_steps=plan.condition_steps)
+            tables["Adapters, controls and image prompts"] = _of_kinds(shorter, models, upload_conditions)
     if plan.folders and has_torch:
         tables["Exports of small pipelines"] = [_exported(name) for name in plan.folders]
     if (plan.folders or plan.conditions) and not has_torch:
@@ -126,20 +133,21 @@ async def upload_conditions(address: str) -> dict[str, list[bytes]]:
     names = await _upload_both(address)
     edges, depth = (pb.Control(name=name, image=image, scale=0.5) for name, image in zip(CONTROLS, names, strict=True))
     early = pb.Control(name=edges.name, image=edges.image, scale=0.5, end=0.5)
-    text, adapted = pb.GenerationSpec(), pb.GenerationSpec(adapters=[pb.Adapter(name=ADAPTER)])
+    text, adapted = pb.GenerationSpec(), [pb.GenerationSpec(adapters=[pb.Adapter(name=name)]) for name in ADAPTERS]
     one, two, half = (pb.GenerationSpec(controls=controls) for controls in ([edges], [edges, depth], [early]))
     prompted = pb.GenerationSpec(image_prompt=pb.ImagePrompt(image=names[0]))
     kinds = {
         PLAIN: [text],
-        "adapter": [adapted],
-        "adapter beside text": [text, adapted],
+        "adapter": adapted[:1],
+        "adapter beside text": [text, adapted[0]],
+        "eight adapters": adapted,
         "control": [one],
         "control 0:0.5": [half],
         "control beside text": [text, one],
         "two controls": [two],
         "image prompt": [prompted],
         "image prompt beside text": [text, prompted],
-        "all mixed": [text, adapted, one, half, two, prompted],
+        "all mixed": [text, *adapted[:2], one, half, two, prompted],
     }
     return {kind: [spec.SerializeToString() for spec in specs] for kind, specs in kinds.items()}
 
@@ -219,14 +227,15 @@ def _conditioned(place: Path) -> Path:
     [path] = (place / "models").glob("pipelines/*/*/pipeline.json")
     room = Manifest.model_validate_json(path.read_bytes()).adapters
     assert room is not None
-    rng, matrices = np.random.default_rng(1), {}
-    for target in room.targets:
-        for part, shape in (("A", (ADAPTER_RANK, target.inputs)), ("B", (target.outputs, ADAPTER_RANK))):
-            key = f"base_model.model.{target.name}.lora_{part}.weight"
-            matrices[key] = 0.05 * rng.standard_normal(shape, np.float32)
-    adapter = place / "models" / "adapters" / ADAPTER
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_model.safetensors").write_bytes(safetensors(matrices))
+    for seed, name in enumerate(ADAPTERS):
+        rng, matrices = np.random.default_rng(seed), {}
+        for target in room.targets:
+            for part, shape in (("A", (ADAPTER_RANK, target.inputs)), ("B", (target.outputs, ADAPTER_RANK))):
+                key = f"base_model.model.{target.name}.lora_{part}.weight"
+                matrices[key] = 0.05 * rng.standard_normal(shape, np.float32)
+        adapter = place / "models" / "adapters" / name
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").write_bytes(safetensors(matrices))
     return place / "models"
 
 
