@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safelight_server.export.adapters import target_names
-from safelight_server.export.plan import AdapterLayers
+from safelight_server.export.options import AdapterLayers
 from torch import Tensor, nn
 
 from training import checkpoint, networks, parallel

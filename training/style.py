@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safelight_server.export.plan import AdapterLayers
+from safelight_server.export.options import AdapterLayers
 
 from training import classifier, evaluate
 from training.icons import caption

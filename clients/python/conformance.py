@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import safelight
 from google.protobuf import json_format
-from safelight.client import MAX_MESSAGE_BYTES
+from safelight.servers import MAX_MESSAGE_BYTES
 from safelight.v1 import generation_pb2 as pb
 
 

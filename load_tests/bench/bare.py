@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from safelight_server.catalog import catalog as catalogs
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.catalog.pixels import decoder_latent, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.sampler import SamplerSpec, advance, compile_table, gaussian, guide

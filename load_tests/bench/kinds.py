@@ -26,6 +26,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import images_pb2, images_pb2_grpc
 from safelight_server.catalog.manifest import Manifest
+from safelight_server.export.options import AdapterLayers, ExportOptions
 from safelight_server.quantization.quality import QualityOptions
 
 from load_tests.bench import processes
@@ -200,7 +201,6 @@ def _conditioned(place: Path) -> Path:
     """
     folders = importlib.import_module("tests.training.folders")
     exporter = importlib.import_module("safelight_server.export.exporter")
-    plan = importlib.import_module("safelight_server.export.plan")
     cross, plain = "CrossAttn{}Block2D", "{}Block2D"
     unet = folders.unet(
         sample_size=16,
@@ -214,12 +214,12 @@ def _conditioned(place: Path) -> Path:
     folders.pipeline(unet=unet).save_pretrained(place / "folder")
     for seed, name in enumerate(CONTROLS):
         folders.control_network(unet, seed).save_pretrained(place / name)
-    options = plan.ExportOptions(
+    options = ExportOptions(
         "conditioned",
         licence="CC0-1.0",
         max_rows=32,
         adapter_rank=ADAPTER_RANK,
-        adapter_layers=plan.AdapterLayers.ATTENTION,
+        adapter_layers=AdapterLayers.ATTENTION,
         controls=tuple((name, place / name) for name in CONTROLS),
         image_prompt=folders.ip_adapter(unet, place / "ip"),
     )
@@ -245,13 +245,12 @@ def _exported(name: str) -> Row:
     folders = importlib.import_module("tests.training.folders")
     exporter = importlib.import_module("safelight_server.export.exporter")
     quantization = importlib.import_module("safelight_server.quantization.quantize")
-    plan = importlib.import_module("safelight_server.export.plan")
     with tempfile.TemporaryDirectory() as scratch:
         folder, models = Path(scratch) / "small", Path(scratch) / "models"
         pipeline = getattr(folders, name)()
         pipeline.save_pretrained(folder)
         began = time.perf_counter()
-        options = plan.ExportOptions("small", licence="CC0-1.0", steps=4)
+        options = ExportOptions("small", licence="CC0-1.0", steps=4)
         exporter.export(folder, models, options)
         exported = time.perf_counter()
         gate = QualityOptions(num_pictures=4, min_psnr_db=0.0)

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from safelight_server.cache.approximate.embedding import centred, prompt_vector
 from safelight_server.cache.approximate.guard import Guard
-from safelight_server.catalog.catalog import Pipeline, load
+from safelight_server.catalog.catalog import load
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.runtime.onnx import _session as onnx_session
 

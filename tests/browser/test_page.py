@@ -13,8 +13,9 @@ from playwright.async_api import expect
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.api.identity import new_key
 from safelight_server.app import server as app
-from safelight_server.catalog.catalog import Catalog, assemble
+from safelight_server.catalog.catalog import Catalog
 from safelight_server.catalog.manifest import INPAINTING_INPUTS, STABLE_DIFFUSION_INPUTS
+from safelight_server.catalog.pipeline import assemble
 from safelight_server.runtime.simulated import simulated_pipeline
 
 from tests.browser.conftest import visit

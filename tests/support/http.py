@@ -15,8 +15,9 @@ import pytest
 from safelight_server.app import server
 from safelight_server.app.server import Running
 from safelight_server.catalog.adapters import AdapterLibrary
-from safelight_server.catalog.catalog import Catalog, assemble
+from safelight_server.catalog.catalog import Catalog
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, STABLE_DIFFUSION_INPUTS, AdapterRoom
+from safelight_server.catalog.pipeline import assemble
 from safelight_server.runtime.base import Runtime
 from safelight_server.runtime.simulated import simulated_pipeline
 from safelight_server.settings import Settings

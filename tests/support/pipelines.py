@@ -7,13 +7,14 @@ from typing import Any
 
 import tokenizers
 from safelight_server.catalog.adapters import AdapterLibrary
-from safelight_server.catalog.catalog import Catalog, Pipeline, assemble
+from safelight_server.catalog.catalog import Catalog
 from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     CONTROL_INPUTS,
     AdapterRoom,
     Manifest,
 )
+from safelight_server.catalog.pipeline import Pipeline, assemble
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 

@@ -18,7 +18,7 @@ from safelight_server.export.adapters import Adapters, target_names
 from safelight_server.export.components import Denoiser
 from safelight_server.export.exporter import export, round_weights
 from safelight_server.export.onnx_file import write_onnx
-from safelight_server.export.plan import AdapterLayers, ExportOptions
+from safelight_server.export.options import AdapterLayers, ExportOptions
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load
 

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from safelight_server.export import exporter, manifest, onnx_file
 from safelight_server.export.exporter import round_weights
-from safelight_server.export.plan import ExportOptions
+from safelight_server.export.options import ExportOptions
 from safelight_server.export.source import ExportError
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
 from torch import nn

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from safelight_server.export import loading, networks, onnx_file, plan, schedulers
-from safelight_server.export.plan import ExportOptions
+from safelight_server.export.options import ExportOptions
 from safelight_server.export.source import ExportError
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 from safelight_server.domain.uploads import decode_image_prompt
 from safelight_server.export.exporter import export, round_weights
-from safelight_server.export.plan import ExportOptions
+from safelight_server.export.options import ExportOptions
 from safelight_server.export.source import ExportError
 from safelight_server.sampler import gaussian
 from transformers import CLIPImageProcessor

@@ -33,7 +33,7 @@ from safelight_server.catalog import catalog
 from safelight_server.export import loading, plan
 from safelight_server.export.exporter import denoiser_of, example_inputs, export, round_weights
 from safelight_server.export.onnx_file import check_parity, write_onnx
-from safelight_server.export.plan import ExportFormat, ExportOptions
+from safelight_server.export.options import ExportFormat, ExportOptions
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime
 from safelight_server.sampler import INITIAL, POSTERIOR, STEP, gaussian, steps_left_out

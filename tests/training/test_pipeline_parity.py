@@ -20,7 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safelight_server.export.exporter import export
-from safelight_server.export.plan import ExportOptions
+from safelight_server.export.options import ExportOptions
 from safelight_server.sampler import SamplerSpec, gaussian
 
 from training import networks

@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from safelight_server.export.exporter import export, round_weights, text_encoder_of, token_ids
-from safelight_server.export.plan import ExportOptions
+from safelight_server.export.options import ExportOptions
 from safelight_server.sampler import gaussian, steps_left_out
 
 from tests.training import folders

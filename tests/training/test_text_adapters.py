@@ -20,7 +20,7 @@ from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import load_pipeline
 from safelight_server.export.adapters import target_names
 from safelight_server.export.exporter import export, round_weights, token_ids
-from safelight_server.export.plan import AdapterLayers, ExportFormat, ExportOptions
+from safelight_server.export.options import AdapterLayers, ExportFormat, ExportOptions
 from safelight_server.export.text_adapters import text_adapters_of, text_room
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load

@@ -28,7 +28,7 @@ from safelight_server.domain.component import Component
 from safelight_server.export import memory
 from safelight_server.export.adapters import AdaptedConvolution, AdaptedLinear, target_names
 from safelight_server.export.exporter import export, load_components, round_weights
-from safelight_server.export.plan import AdapterLayers, ExportFormat, ExportOptions
+from safelight_server.export.options import AdapterLayers, ExportFormat, ExportOptions
 from safelight_server.export.source import ExportError
 from safelight_server.runtime import verification
 from safelight_server.runtime.base import StableRows

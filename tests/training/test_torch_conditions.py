@@ -28,7 +28,7 @@ from safelight_server.domain.component import Component
 from safelight_server.export import torch_files
 from safelight_server.export.controls import ControlNetwork
 from safelight_server.export.exporter import export, round_weights
-from safelight_server.export.plan import ExportFormat, ExportOptions
+from safelight_server.export.options import ExportFormat, ExportOptions
 from safelight_server.runtime import verification
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime

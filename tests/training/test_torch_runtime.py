@@ -24,7 +24,7 @@ from safelight_server.catalog import catalog
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.domain.component import Component
 from safelight_server.export.exporter import export, round_weights
-from safelight_server.export.plan import ExportFormat, ExportOptions
+from safelight_server.export.options import ExportFormat, ExportOptions
 from safelight_server.runtime import verification
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, StableDiffusion3Im
 from PIL import Image
 from safelight_server.catalog import catalog
 from safelight_server.export.exporter import denoiser_of, export, round_weights, text_encoder_of, token_ids
-from safelight_server.export.plan import ExportFormat, ExportOptions
+from safelight_server.export.options import ExportFormat, ExportOptions
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime
 from safelight_server.sampler import INITIAL, POSTERIOR, gaussian

@@ -27,7 +27,7 @@ from safelight_server.domain.component import Component
 from safelight_server.export import manifest
 from safelight_server.export.components import ZImageTextEncoder
 from safelight_server.export.exporter import export, round_weights, token_ids
-from safelight_server.export.plan import ExportFormat, ExportOptions
+from safelight_server.export.options import ExportFormat, ExportOptions
 from safelight_server.export.source import ExportError
 from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.torch_runtime import TorchRuntime, _placed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safelight_server.catalog.adapter_names import diffusers_name
 from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, AdapterRoomError, packed, parse
-from safelight_server.catalog.catalog import check
+from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
 
 from tests.support.adapters import ROOM, TARGETS, matrices, safetensors, write_adapter

@@ -18,7 +18,7 @@ async def test_a_key_that_is_no_header_value_is_refused(key):
 )
 async def test_white_space_after_a_key_is_not_of_it(key, sent):
     async with Client("127.0.0.1:1", api_key=key) as client:
-        assert client._metadata == ((("authorization", sent),) if sent else ())
+        assert await client._servers.authorization() == ((("authorization", sent),) if sent else ())
 
 
 @pytest.mark.parametrize("target", ["", " ", "a:1,", [], ["a:1", ""]])

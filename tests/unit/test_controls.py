@@ -14,7 +14,7 @@ from PIL import Image
 from safelight_server.cache.images import Images
 from safelight_server.cache.namespaces import Namespaces
 from safelight_server.catalog import export
-from safelight_server.catalog.catalog import check
+from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import CONTROL_INPUTS, Manifest
 from safelight_server.cli.command import CommandError
 from safelight_server.cli.export import export as export_command
@@ -22,7 +22,7 @@ from safelight_server.cli.generate import parse_controls
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError
 from safelight_server.domain.request import ControlUse
 from safelight_server.domain.uploads import PictureFile
-from safelight_server.export.plan import AdapterLayers
+from safelight_server.export.options import AdapterLayers
 from safelight_server.export.source import ExportError
 from safelight_server.generations.init_images import InitImages
 from safelight_server.quantization.quality import require_quantizable

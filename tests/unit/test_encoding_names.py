@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.manifest import ComponentFile
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.engine.jobs import ImagePrompt, InitImage, prompt_name
 

@@ -14,7 +14,8 @@ import pytest
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, CONTROL_INPUTS, IMAGE_PROMPT_INPUTS
 from safelight_server.cli.export import export as export_command
 from safelight_server.export import schedulers
-from safelight_server.export.plan import AdapterLayers, ExportFormat, ExportOptions, ExportPlan, draft, make
+from safelight_server.export.options import AdapterLayers, ExportFormat, ExportOptions
+from safelight_server.export.plan import ExportPlan, draft, make
 from safelight_server.export.source import ExportError
 
 UNET = {

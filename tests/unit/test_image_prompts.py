@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safelight_server.catalog.catalog import ManifestError, check, load
+from safelight_server.catalog.catalog import ManifestError, load
+from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import Manifest
 from safelight_server.runtime.verification import InputSpec, example
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from safelight.v1 import models_pb2
 from safelight_server.catalog import export
-from safelight_server.catalog.catalog import Catalog, ManifestError, check, load
+from safelight_server.catalog.catalog import Catalog, ManifestError, load
+from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import Manifest
 from safelight_server.catalog.pixels import encoder_image, sampled_mask
 from safelight_server.domain.component import Component

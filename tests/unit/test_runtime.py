@@ -12,6 +12,7 @@ import pytest
 from safelight_server.app.server import build_runtime
 from safelight_server.catalog import catalog
 from safelight_server.catalog.manifest import ENCODER_MASK_INPUT, STABLE_DIFFUSION_INPUTS, PromptTemplate
+from safelight_server.catalog.pipeline import assemble
 from safelight_server.catalog.tokenizer import Tokenizer, TokenizerGroup
 from safelight_server.domain.component import Component
 from safelight_server.runtime import cores, onnx, verification
@@ -111,10 +112,10 @@ def test_inputs_decide_pixels_and_the_usual_ones_may_be_left_out(icons):
     """A manifest without named inputs has the same digest as before these existed, so that caches stay valid."""
     manifest = icons.get("").manifest
     spelled = manifest.model_copy(update={"inputs": dict(reversed(STABLE_DIFFUSION_INPUTS.items()))})
-    assert catalog.assemble(spelled, {}).digest == icons.get("").digest
+    assert assemble(spelled, {}).digest == icons.get("").digest
     other = manifest.model_copy(update={"inputs": STABLE_DIFFUSION_INPUTS | {"pooled": "encoder:pooled_output"}})
-    assert catalog.assemble(other, {}).digest != icons.get("").digest
-    assert catalog.assemble(other, {}).embedding_outputs == ("last_hidden_state", "pooled_output")
+    assert assemble(other, {}).digest != icons.get("").digest
+    assert assemble(other, {}).embedding_outputs == ("last_hidden_state", "pooled_output")
 
 
 def test_of_several_revisions_the_newest_is_served(tmp_path):
@@ -189,7 +190,7 @@ def test_prompts_are_cut_to_the_context_and_say_so(icons):
 def test_a_second_tokenizer_decides_pixels(icons):
     manifest = icons.get("").manifest
     pair = manifest.model_copy(update={"second_tokenizer": manifest.tokenizer})
-    assert catalog.assemble(pair, {}).digest != icons.get("").digest
+    assert assemble(pair, {}).digest != icons.get("").digest
 
 
 def test_the_ids_of_two_tokenizers_stand_one_after_the_other(icons):
@@ -242,7 +243,7 @@ def test_a_template_around_prompts_decides_pixels(icons):
     for before in ("a", "the"):
         template = PromptTemplate(before=before, after="sword", num_tokens_before=1)
         changed = manifest.tokenizer.model_copy(update={"template": template})
-        digests.add(catalog.assemble(manifest.model_copy(update={"tokenizer": changed}), {}).digest)
+        digests.add(assemble(manifest.model_copy(update={"tokenizer": changed}), {}).digest)
     assert len(digests) == 3
 
 
@@ -258,9 +259,9 @@ def test_a_shift_by_size_decides_pixels_and_other_schedules_keep_their_digest(ic
     manifest = icons.get("").manifest
     changed = {"use_dynamic_shifting": True, "max_shift": 1.2}
     other = manifest.model_copy(update={"noise_schedule": manifest.noise_schedule.model_copy(update=changed)})
-    assert catalog.assemble(other, {}).digest == icons.get("").digest, "no sampler of it shifts"
+    assert assemble(other, {}).digest == icons.get("").digest, "no sampler of it shifts"
     flow, shifted = (at.model_copy(update={"prediction_type": "flow"}) for at in (manifest, other))
-    assert catalog.assemble(flow, {}).digest != catalog.assemble(shifted, {}).digest
+    assert assemble(flow, {}).digest != assemble(shifted, {}).digest
 
 
 async def test_rows_have_the_same_bits_in_every_verified_batch(icons):

@@ -13,7 +13,8 @@ import pytest
 from safelight_server.cache.namespaces import Namespaces
 from safelight_server.cache.prompts import Prompts
 from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, joined_room, packed, parse
-from safelight_server.catalog.catalog import Catalog, check
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError, UnavailableError

@@ -24,14 +24,14 @@ NUM_EXAMPLES = 128
 
 
 def about() -> dict[str, object]:
-    """Both sections of pipeline.json; see `safelight_server.catalog.catalog.Manifest`."""
+    """Both sections of pipeline.json; see `safelight_server.catalog.manifest.Manifest`."""
     rng = random.Random("examples")
     examples = [caption(sample_spec(rng), rng) for _ in range(NUM_EXAMPLES)]
     return {"guard": guard(), "example_prompts": examples}
 
 
 def guard() -> dict[str, object]:
-    """See `safelight_server.catalog.catalog.GuardWords`."""
+    """See `safelight_server.catalog.manifest.GuardWords`."""
     backgrounds = [[f"{word} background" for word in words] for words in BACKGROUND_WORDS.values()]
     groups = {
         "object": [list(names) for names in OBJECTS.values()],

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
-from safelight.client import MAX_MESSAGE_BYTES, PATIENCE_S, RETRIES, Client, TokenSource
+from safelight.client import PATIENCE_S, RETRIES, Client
 from safelight.events import Event, Picture
 from safelight.request import GenerateOptions, PreviewOptions
+from safelight.servers import MAX_MESSAGE_BYTES, TokenSource
 from safelight.stream import GenerationStream
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import images_pb2, models_pb2

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import random
-import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self, TypeAlias, TypeVar, Unpack
+from typing import Self, TypeAlias, Unpack
 
 import grpc
 
-from safelight import proxies, tracing
+from safelight import tracing
 from safelight.errors import GenerationError
 from safelight.events import Event
 from safelight.images import ImageFile, image_file, upload, upload_missing
 from safelight.received import Received
 from safelight.request import GenerateOptions, PreviewOptions, generate_request, image_files, preview_policy
+from safelight.servers import MAX_MESSAGE_BYTES, Servers, TokenSource
 from safelight.stream import GenerationStream
 from safelight.v1 import (
     cache_pb2,
@@ -34,17 +32,6 @@ from safelight.v1 import (
 )
 from safelight.v1 import generation_pb2 as pb
 
-CHANNEL_OPTIONS = [
-    ("grpc.http2.bdp_probe", 0),  # with the next: previews wait at the server, where the newest wins, and not here
-    ("grpc.http2.lookahead_bytes", 65536),
-    ("grpc.keepalive_time_ms", 10_000),  # while a stream is open: a server that is frozen is seen within 15 s
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 5_000),  # also how long a server may take to answer a new connection
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel is a new connection, not that of another channel
-]
 PATIENCE_S = 60.0
 """How long to try to resume a generation after its last event; longer than the restart of a server takes."""
 FIRST_PATIENCE_S = 5.0
@@ -53,8 +40,6 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.1, 2.0
 """Wait between two tries: the first, doubled at each try up to the longest; times a random 0.5 to 1."""
 RETRIES = 3
 """How often a request is sent again that was refused with RetryInfo."""
-MAX_MESSAGE_BYTES = 4 << 20
-"""Larger than every message of a server; gRPC's own default."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Error reasons after which the same generation can be resumed; "" is a lost connection."""
 DRAINING = "DRAINING"
@@ -68,9 +53,6 @@ Call: TypeAlias = (
     "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
     " | grpc.aio.UnaryStreamCall[pb.WatchGenerationRequest, pb.WatchGenerationResponse]"
 )
-Answer = TypeVar("Answer")
-TokenSource: TypeAlias = Callable[[], str | Awaitable[str]]
-"""Returns an access token, or awaits it."""
 
 
 class Client:
@@ -108,35 +90,29 @@ class Client:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         targets = [name.strip() for name in (target.split(",") if isinstance(target, str) else target)]
-        if not targets or not all(targets):
-            raise ValueError("target: names no server")
-        key = (api_key or "").rstrip()
-        if key and token is not None:
-            raise ValueError("token: excludes api_key")
-        self._metadata: tuple[tuple[str, str], ...] = _bearer("api_key", key) if key else ()
-        self._token = token
-        self._targets = targets
-        self._connect = functools.partial(
-            _channel, credentials=credentials, server_name=server_name, max_message_bytes=max_message_bytes
+        self._servers = Servers(
+            targets,
+            api_key=api_key,
+            token=token,
+            credentials=credentials,
+            server_name=server_name,
+            max_message_bytes=max_message_bytes,
         )
-        self._channels = [self._connect(name) for name in targets]
-        self._given_up: weakref.WeakSet[grpc.aio.Channel] = weakref.WeakSet()
         self._patience_s = patience_s
         self._retries = retries
-        self._at = 0
 
     @property
     def channel(self) -> grpc.aio.Channel:
         """The connection to the current server, for stubs of other services; another one after a server has drained."""
-        return self._channels[self._at]
+        return self._servers.channel(self._servers.at)
 
     @property
     def generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
         """The generated stub of GenerationService at the current server."""
-        return self._generations(self._at)
+        return self._generations(self._servers.at)
 
     def _generations(self, at: int) -> generation_pb2_grpc.GenerationServiceAsyncStub:
-        return generation_pb2_grpc.GenerationServiceStub(self._channels[at])
+        return generation_pb2_grpc.GenerationServiceStub(self._servers.channel(at))
 
     @property
     def _quotas(self) -> quotas_pb2_grpc.QuotaServiceAsyncStub:
@@ -145,26 +121,6 @@ class Client:
     @property
     def _caches(self) -> cache_pb2_grpc.CacheServiceAsyncStub:
         return cache_pb2_grpc.CacheServiceStub(self.channel)
-
-    def _next(self, failed: int) -> int:
-        """The index of the server to use after server number `failed`.
-
-        Generations that lose a server at the same time move to the same next server: each moves on from the server that
-        it lost, and only the first of them changes the server for new calls.
-        """
-        after = (failed + 1) % len(self._channels)
-        if self._at == failed:
-            self._at = after
-        return after
-
-    def _give_up(self, at: int, channel: grpc.aio.Channel) -> None:
-        """Makes new calls at a server use a new connection; streams that are open stay on the old one.
-
-        Generations that are refused together give up the same connection: only the first of them replaces it.
-        """
-        if self._channels[at] is channel:
-            self._given_up.add(channel)
-            self._channels[at] = self._connect(self._targets[at])
 
     async def __aenter__(self) -> Self:
         return self
@@ -176,8 +132,7 @@ class Client:
 
     async def close(self) -> None:
         """Closes all connections."""
-        for channel in [*self._channels, *self._given_up]:
-            await channel.close()
+        await self._servers.close()
 
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> GenerationStream:
         """Generates pictures: an async iterator of `Accepted`, progress, previews and pictures, then `Finished`.
@@ -211,7 +166,7 @@ class Client:
             ValueError: `preview` is combined with other options.
             GenerationError: while it is iterated: there is no such generation, it failed, or it cannot be reached.
         """
-        received = Received(self._at, preview_policy(options), generation)
+        received = Received(self._servers.at, preview_policy(options), generation)
         return GenerationStream(self._develop(pb.GenerateRequest(), received, timeout_s, [], {}))
 
     async def develop(
@@ -227,7 +182,7 @@ class Client:
             images: files of pictures that the request names, by their names; uploaded if the server lacks them.
         """
         metadata: Metadata = []
-        received = Received(self._at, request.preview if request.HasField("preview") else None)
+        received = Received(self._servers.at, request.preview if request.HasField("preview") else None)
         with tracing.client_span(request, metadata):
             async with aclosing(self._develop(request, received, timeout_s, metadata, images)) as events:
                 async for event in events:
@@ -248,8 +203,8 @@ class Client:
         while True:
             if images and not received.name:
                 await self._upload_missing(images, received, until)
-            headers = [*await self._authorization(until), *metadata]
-            channel = self._channels[received.at]  # kept as long as the call: it may be given up meanwhile
+            headers = [*await self._servers.authorization(until), *metadata]
+            channel = self._servers.channel(received.at)  # kept as long as the call: it may be given up meanwhile
             call = self._call(request, received, None if until is None else until - loop.time(), headers)
             try:
                 async for response in call:
@@ -259,17 +214,17 @@ class Client:
                     return
                 failure = GenerationError.unfinished(received.name)
             except grpc.aio.AioRpcError as error:
-                failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
+                failure = self._servers.failure(error, received.at)
             finally:
                 call.cancel()  # if the caller stops iterating, the server's stream must end; harmless after the end
             if received.num_events > num_events:
                 tries, refusals, drains, num_events = 0, 0, 0, received.num_events
                 give_up_at = loop.time() + self._patience_s
             goes_on_elsewhere = received.durable or not received.name
-            movable = len(self._channels) > 1 and goes_on_elsewhere
+            movable = len(self._servers) > 1 and goes_on_elsewhere
             draining = failure.reason == DRAINING
             if draining:
-                self._give_up(received.at, channel)
+                self._servers.give_up(received.at, channel)
                 if not drains:
                     give_up_at = loop.time() + self._patience_s
                 drains += 1
@@ -289,7 +244,7 @@ class Client:
             if loop.time() + wait_s > ends:
                 raise failure from None
             if movable and failure.reason != "WATCHER_STALLED":
-                received.at = self._next(received.at)
+                received.at = self._servers.move_on(received.at)
             await asyncio.sleep(wait_s)
 
     async def _upload_missing(self, images: Mapping[str, ImageFile], received: Received, until: float | None) -> None:
@@ -299,19 +254,19 @@ class Client:
             until: the deadline, on the clock of the event loop.
         """
         loop = asyncio.get_running_loop()
-        left, refusals = len(self._channels), 0
+        left, refusals = len(self._servers), 0
         give_up_at = loop.time() + self._patience_s
         ends = give_up_at if until is None else min(give_up_at, until)
         while True:
             file = None
-            headers = await self._authorization(until)
+            headers = await self._servers.authorization(until)
             try:
                 for file in images.values():
                     timeout_s = None if until is None else until - loop.time()
-                    await upload_missing(self._channels[received.at], headers, file, timeout_s)
+                    await upload_missing(self._servers.channel(received.at), headers, file, timeout_s)
                 return
             except grpc.aio.AioRpcError as error:
-                failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
+                failure = self._servers.failure(error, received.at)
             if failure.violations and file is not None:
                 failure.violations = {file.field: "; ".join(failure.violations.values())}
             if (
@@ -328,7 +283,7 @@ class Client:
             left -= 1
             if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
                 raise failure
-            received.at = self._next(received.at)
+            received.at = self._servers.move_on(received.at)
 
     async def upload_image(self, source: bytes | Path) -> images_pb2.Image:
         """Uploads a picture, PNG, JPEG or WebP. Its name can be given as `init_image` or `mask` from then on.
@@ -340,34 +295,7 @@ class Client:
         file = image_file(source, "source")
         if file is None:
             raise ValueError("source: must be bytes or a pathlib.Path")
-        return await self._ask(lambda metadata: upload(self.channel, metadata, file))
-
-    async def _authorization(self, until: float | None = None) -> tuple[tuple[str, str], ...]:
-        """The metadata by which the server recognizes the caller.
-
-        Args:
-            until: the call's deadline, on the clock of the event loop.
-
-        Raises:
-            GenerationError: DEADLINE_EXCEEDED, while the token was waited for.
-        """
-        if self._token is None:
-            return self._metadata
-        try:
-            async with asyncio.timeout_at(until) as deadline:
-                token: str | Awaitable[str]
-                if inspect.iscoroutinefunction(self._token):
-                    token = self._token()
-                else:
-                    # It may fetch one, which the streams must not wait for.
-                    token = await asyncio.to_thread(self._token)
-                if inspect.isawaitable(token):
-                    token = await token
-        except TimeoutError:
-            if deadline.expired():
-                raise GenerationError.late("the token was not there in time") from None
-            raise  # the source's own
-        return _bearer("token", token.rstrip())
+        return await self._servers.ask(lambda metadata: upload(self.channel, metadata, file))
 
     def _call(
         self, request: pb.GenerateRequest, received: Received, timeout_s: float | None, metadata: Metadata
@@ -384,7 +312,9 @@ class Client:
             GenerationError: the call was refused.
         """
         request = pb.GetGenerationRequest(name=generation)
-        return (await self._ask(lambda metadata: self.generations.GetGeneration(request, metadata=metadata))).generation
+        return (
+            await self._servers.ask(lambda metadata: self.generations.GetGeneration(request, metadata=metadata))
+        ).generation
 
     async def cancel(self, generation: str) -> pb.Generation:
         """Cancels a generation. Returns its final state, with the step that each output had reached.
@@ -394,7 +324,7 @@ class Client:
         """
         request = pb.CancelGenerationRequest(name=generation)
         return (
-            await self._ask(lambda metadata: self.generations.CancelGeneration(request, metadata=metadata))
+            await self._servers.ask(lambda metadata: self.generations.CancelGeneration(request, metadata=metadata))
         ).generation
 
     async def models(self) -> list[models_pb2.Model]:
@@ -406,7 +336,7 @@ class Client:
         models: list[models_pb2.Model] = []
         request = models_pb2.ListModelsRequest()
         while True:
-            page = await self._ask(
+            page = await self._servers.ask(
                 lambda metadata: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=metadata)
             )
             models += page.models
@@ -421,7 +351,7 @@ class Client:
             GenerationError: the call was refused.
         """
         request = models_pb2.ListModelsRequest(page_size=1)
-        page = await self._ask(
+        page = await self._servers.ask(
             lambda metadata: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=metadata)
         )
         return list(page.unavailable)
@@ -433,7 +363,7 @@ class Client:
             GenerationError: the call was refused.
         """
         request = cache_pb2.GetCacheStatsRequest()
-        return await self._ask(lambda metadata: self._caches.GetCacheStats(request, metadata=metadata))
+        return await self._servers.ask(lambda metadata: self._caches.GetCacheStats(request, metadata=metadata))
 
     async def purge_cache(
         self, *, tenant: str = "", model_revision: str = "", generation: str = ""
@@ -444,7 +374,7 @@ class Client:
             GenerationError: the call was refused.
         """
         request = cache_pb2.PurgeCacheRequest(tenant=tenant, model_revision=model_revision, generation=generation)
-        return await self._ask(lambda metadata: self._caches.PurgeCache(request, metadata=metadata))
+        return await self._servers.ask(lambda metadata: self._caches.PurgeCache(request, metadata=metadata))
 
     async def quotas(self) -> list[quotas_pb2.TenantQuota]:
         """Returns the quotas of all tenants and what is left of them. For administrators.
@@ -455,42 +385,11 @@ class Client:
         quotas: list[quotas_pb2.TenantQuota] = []
         request = quotas_pb2.ListQuotasRequest(page_size=100)
         while True:
-            page = await self._ask(lambda metadata: self._quotas.ListQuotas(request, metadata=metadata))
+            page = await self._servers.ask(lambda metadata: self._quotas.ListQuotas(request, metadata=metadata))
             quotas += page.quotas
             if not page.next_page_token:
                 return quotas
             request.page_token = page.next_page_token
-
-    async def _ask(self, call: Callable[[tuple[tuple[str, str], ...]], Awaitable[Answer]]) -> Answer:
-        """Makes a call at the current server; if it cannot be reached, at the next servers in turn."""
-        for left in reversed(range(len(self._channels))):
-            metadata = await self._authorization()  # first: the current server may change meanwhile
-            server = self._at
-            try:
-                return await call(metadata)
-            except grpc.aio.AioRpcError as error:
-                failure = GenerationError(error, proxies.proxy_of(self._targets[server]))
-            if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
-                raise failure from None
-            self._next(server)
-        raise AssertionError("there is always a server")
-
-
-def _bearer(argument: str, secret: str) -> tuple[tuple[str, str], ...]:
-    if not secret or not all("!" <= character <= "~" for character in secret):
-        raise ValueError(f"{argument}: must be visible ASCII characters")
-    return (("authorization", f"Bearer {secret}"),)
-
-
-def _channel(
-    target: str, credentials: grpc.ChannelCredentials | None, server_name: str, max_message_bytes: int
-) -> grpc.aio.Channel:
-    longest = ("grpc.max_receive_message_length", max_message_bytes)
-    options = [*CHANNEL_OPTIONS, longest, *proxies.channel_options(target)]
-    if credentials is None:
-        return grpc.aio.insecure_channel(target, options)
-    named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
-    return grpc.aio.secure_channel(target, credentials, [*options, *named])
 
 
 def _is_resumable(failure: GenerationError, received: Received, request: pb.GenerateRequest, movable: bool) -> bool:

@@ -27,7 +27,7 @@ from safelight_server.cache.checkpoints import Checkpoints
 from safelight_server.cache.namespaces import CacheKeys, Namespaces
 from safelight_server.cache.pictures import CachedPicture, PictureFacts, Pictures, pointer
 from safelight_server.cache.prompts import Prompts, TextChanges
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.errors import UnavailableError
 from safelight_server.domain.picture import FinishedPicture, Pixels
 from safelight_server.domain.request import CacheMode, CachePolicy, PixelEncoding, Spec

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from safelight_server.cache import fingerprint
 from safelight_server.cache.fingerprint import IndexKind, SharingScope
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.request import Spec
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.purge import EntryOwner

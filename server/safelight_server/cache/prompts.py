@@ -16,8 +16,8 @@ from safelight_server.cache import fingerprint
 from safelight_server.cache.approximate.embedding import EXAMPLE_PROMPTS, Floats, centred, prompt_vector
 from safelight_server.cache.fingerprint import IndexKind
 from safelight_server.cache.namespaces import Namespace
-from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.manifest import HIDDEN_STATE, IMAGE_PROMPT_OUTPUTS
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding
 from safelight_server.storage.purge import EntryOwner

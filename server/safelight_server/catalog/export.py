@@ -28,8 +28,8 @@ from tritonclient.grpc.model_config_pb2 import (
     ModelWarmup,
 )
 
-from safelight_server.catalog.catalog import assemble
 from safelight_server.catalog.manifest import CONTROL_IMAGES_SOURCE, MASK_SOURCE, Manifest
+from safelight_server.catalog.pipeline import assemble
 from safelight_server.domain.component import Component
 
 ENGINES = "/var/cache/safelight/engines"

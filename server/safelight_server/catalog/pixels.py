@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.request import Spec
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.sampler import SamplerTable, compile_table

@@ -14,7 +14,8 @@ import typer
 from safelight_server import settings as settings_module
 from safelight_server.catalog import revisions
 from safelight_server.export import plan
-from safelight_server.export.plan import MAX_ROWS, AdapterLayers, ExportFormat, ExportOptions, ExportPlan
+from safelight_server.export.options import MAX_ROWS, AdapterLayers, ExportFormat, ExportOptions
+from safelight_server.export.plan import ExportPlan
 from safelight_server.export.source import ExportError
 from safelight_server.quantization import quality
 from safelight_server.runtime.memory import available_bytes

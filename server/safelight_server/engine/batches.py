@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.manifest import IMAGE_PROMPT_OUTPUTS
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding, FloatArray

@@ -26,7 +26,7 @@ from typing import Any
 
 import structlog
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.domain.tensors import Embedding, FloatArray

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.catalog.pixels import denoiser_latent, sampled_mask, shrunk_mask, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import Pixels, scaled

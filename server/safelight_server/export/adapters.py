@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.export.plan import AdapterLayers
+from safelight_server.export.options import AdapterLayers
 from safelight_server.export.source import ExportError
 
 ATTENTION_PARTS = ("to_q", "to_k", "to_v", "to_out.0")

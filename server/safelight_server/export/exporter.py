@@ -62,7 +62,8 @@ from safelight_server.export.image_prompts import IMAGE_ENCODER
 from safelight_server.export.ip_adapter import ImagePromptEncoder, ImagePrompts
 from safelight_server.export.networks import SCHNELL_T5_TOKENS
 from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
-from safelight_server.export.plan import ROLES, ExportFormat, ExportOptions, ExportPlan
+from safelight_server.export.options import ExportFormat, ExportOptions
+from safelight_server.export.plan import ROLES, ExportPlan
 from safelight_server.export.repository import write_config
 from safelight_server.export.source import FAMILIES, ExportError
 from safelight_server.export.text_adapters import fitting_text, text_adapters_of, text_room

@@ -7,8 +7,6 @@ few JSON files and the headers of the weights.
 from __future__ import annotations
 
 import dataclasses
-import enum
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from safelight_server.catalog.catalog import ONLY_FLOW, check
+from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     CONTROL_INPUTS,
@@ -26,8 +24,10 @@ from safelight_server.catalog.manifest import (
     STABLE_DIFFUSION_INPUTS,
     Manifest,
 )
-from safelight_server.export import image_prompts, networks, schedulers, weights
+from safelight_server.catalog.pipeline import ONLY_FLOW
+from safelight_server.export import defaults, image_prompts, networks, schedulers, weights
 from safelight_server.export.image_prompts import IMAGE_ENCODER, ImagePromptSource
+from safelight_server.export.options import ExportFormat, ExportOptions
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import (
     CHECKPOINTS,
@@ -41,10 +41,6 @@ from safelight_server.export.source import (
 from safelight_server.sampler import NoiseSchedule
 
 ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder", IMAGE_ENCODER)
-TRANSFORMER_SIZE = 128
-"""Of a latent, where a transformer's configuration does not say: diffusers' default."""
-MAX_ROWS = 64
-"""Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
 MAX_ADAPTER_RANK = 256
 """Largest room for adapters: each row of a call brings so many ranks, used or not."""
 TEXT_TARGETS = [{"name": "text_encoder", "inputs": 1, "outputs": 1}]
@@ -55,11 +51,6 @@ MAX_GUIDANCE_SCALE = 20.0
 MAX_OUTPUTS = 8
 LOADED_BYTES = 6
 """Of a weight while the server loads it: what is read, and its float16 as float32."""
-DISTILLED_GUIDANCE_SCALE = 1.0
-DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper-?sd(xl)?)(?![a-z])")
-"""What distilled models are called."""
-Z_IMAGE_TURBO_SHIFT = 3.0
-"""Of the scheduler of Z-Image-Turbo; that of Z-Image is 6."""
 OPTION_OF = {
     "name": "--name",
     "revision": "--revision",
@@ -71,65 +62,6 @@ OPTION_OF = {
     "controls": "--control",
 }
 """The option that sets a field of the manifest, for messages."""
-
-
-class ExportFormat(enum.StrEnum):
-    """What is written: ONNX files for the runtimes `onnx` and `triton`, safetensors for `torch`, or both."""
-
-    ONNX = "onnx"
-    TORCH = "torch"
-    BOTH = "both"
-
-
-class AdapterLayers(enum.StrEnum):
-    """Which layers of a denoiser get room for adapters. A transformer has no others than those of its blocks."""
-
-    ATTENTION = "attention"
-    BLOCKS = "blocks"
-    ALL = "all"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """The user's choices. An empty value leaves the choice to the folder.
-
-    Attributes:
-        version: Triton's version folder of the components.
-        replace: whether all other revisions of the name are removed.
-        licence: SPDX identifier of the weights' licence; empty takes what the folder's model card says.
-        steps: default num_inference_steps.
-        sizes: pictures' (width, height) in pixels, the default first.
-        max_rows: largest batch of the denoiser.
-        variant: of the files of weights, such as "fp16".
-        sampler: the default sampler.
-        config: for a checkpoint in one file, a diffusers folder of the same architecture.
-        format: which files are written.
-        adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
-        adapter_layers: the layers that have that room.
-        text_adapters: whether the text encoders get that room too.
-        controls: control networks, each with its name and its folder.
-        image_prompt: the weights of an IP-Adapter, or their folder; None: no image prompts.
-    """
-
-    name: str
-    revision: str = "1"
-    version: int = 1
-    replace: bool = False
-    description: str = ""
-    licence: str = ""
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sizes: tuple[tuple[int, int], ...] = ()
-    max_rows: int = MAX_ROWS
-    variant: str = ""
-    sampler: str = ""
-    config: Path | None = None
-    format: ExportFormat = ExportFormat.ONNX
-    adapter_rank: int = 0
-    adapter_layers: AdapterLayers = AdapterLayers.BLOCKS
-    text_adapters: bool = True
-    controls: tuple[tuple[str, Path], ...] = ()
-    image_prompt: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +166,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     offer = _scheduler(source, options, findings)
     found = _weights(source, checkpoint, options.variant, findings)
     factor = networks.latent_factor(configs["vae"])
-    sizes = _sizes(source, factor, options.sizes, findings)
+    sizes = defaults.sizes_of(source, factor, options.sizes, findings)
     if options.guidance_scale == 0:
         findings.faults.append("--guidance-scale 0: what diffusers calls 0, a model without guidance, is 1 here")
     if options.max_rows < 1:
@@ -265,7 +197,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         raise ExportError("; ".join(findings.faults))
     if networks.is_inpainting(source):
         findings.notes.append("only inpaints: each request needs a picture and a mask, and strength is 1 by default")
-    distilled = _distilled(source, checkpoint, options.name, offer)
+    distilled = defaults.why_distilled(source, checkpoint, options.name, offer)
     is_guided = networks.is_guidance_distilled(source)
     if distilled and offer.default["name"] != "lcm" and None in (options.steps, options.guidance_scale):
         few = f"{source.family.distilled_steps} steps" + ("" if is_guided else " without guidance")
@@ -284,7 +216,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     made = ExportPlan(
         source=source,
         checkpoint=checkpoint,
-        options=_completed(source, checkpoint, replace(options, licence=licence), sizes, bool(distilled)),
+        options=defaults.completed(source, checkpoint, replace(options, licence=licence), sizes, bool(distilled)),
         factor=factor,
         shape=(networks.latent_channels(source), sizes[0][1] // factor, sizes[0][0] // factor),
         offer=offer,
@@ -440,78 +372,3 @@ def _controls(
         networks.judge_control(source, name, read_json(folder / "config.json"), factor, findings)
         found[f"--control {name}"] = weights.find(folder, options.variant, findings).num_values
     return found if is_counted else {}
-
-
-def _sizes(
-    source: Source, factor: int, wanted: tuple[tuple[int, int], ...], findings: Findings
-) -> tuple[tuple[int, int], ...]:
-    """The sizes in pixels: those wanted, or the one that the denoiser was trained at."""
-    unet, largest = source.configs[source.family.denoiser], networks.largest_edge(source)
-    if wanted:
-        multiple = factor * networks.latent_multiple(source)
-        for width, height in wanted:
-            if min(width, height) < 1 or width % multiple or height % multiple:
-                findings.faults.append(f"--sizes {width}x{height}: must be multiples of {multiple}")
-            elif largest is not None and max(width, height) > factor * largest:
-                findings.faults.append(
-                    f"--sizes {width}x{height}: the denoiser has positions for edges of at most {factor * largest}"
-                )
-        if len(set(wanted)) < len(wanted):
-            findings.faults.append("--sizes: names a size twice")
-        return wanted
-    size = unet.get("sample_size", TRANSFORMER_SIZE if source.family.denoiser == "transformer" else None)
-    version = re.match(r"0\.([0-9]+)\.", str(unet.get("_diffusers_version", "")))
-    if isinstance(size, int) and size < 64 and version and int(version[1]) < 9:
-        size = 64  # StableDiffusionPipeline mends files of that time so
-    if size is None:
-        findings.faults.append(f"{source.family.denoiser}/config.json: sample_size is null: say --sizes WIDTHxHEIGHT")
-        return ((factor, factor),)
-    height, width = (size, size) if isinstance(size, int) else size
-    return ((width * factor, height * factor),)
-
-
-def _distilled(source: Source, checkpoint: Path | None, name: str, offer: SamplerOffer) -> str:
-    """Why a model is taken for a distilled one, which draws in few steps and without guidance; empty: it is not.
-
-    A folder often has no name of its own: the published model_index.json of Z-Image-Turbo has no `_name_or_path`.
-
-    Turbo's scheduler is the sign of it: trailing timesteps are otherwise the choice for zero terminal SNR alone.
-    """
-    if source.family.name == "flux" and not networks.is_guidance_distilled(source):
-        return "its transformer is given no guidance scale, like FLUX.1-schnell's"
-    default = offer.default
-    if default["name"] == "lcm":
-        return "its scheduler is LCM's"
-    given = checkpoint or source.folder
-    names = [name, given.name, given.resolve().name, str(source.index.get("_name_or_path") or "")]
-    if found := DISTILLED.search(" ".join(names).lower()):
-        return f"its name says {found[1]}"
-    # Downloads lie two folders below their names: models--Tongyi-MAI--Z-Image-Turbo/snapshots/04cc4abb.
-    nearest = [*given.parts[-3:], *given.resolve().parts[-3:]]  # further up are a user's folders, whatever their names
-    if found := DISTILLED.search(" ".join(nearest).lower()):
-        return f"its folder's path says {found[1]}"
-    if source.family.name == "z-image" and offer.schedule.shift == Z_IMAGE_TURBO_SHIFT:
-        return f"its scheduler's shift is {Z_IMAGE_TURBO_SHIFT:g} like Z-Image-Turbo's, where Z-Image has 6"
-    is_trailing = default["name"] in ("euler", "euler_ancestral") and default["spacing"] == "trailing"
-    return "its timesteps are trailing" if is_trailing and not offer.schedule.rescale_zero_terminal_snr else ""
-
-
-def _completed(
-    source: Source,
-    checkpoint: Path | None,
-    options: ExportOptions,
-    sizes: tuple[tuple[int, int], ...],
-    distilled: bool,
-) -> ExportOptions:
-    """The options with every choice made."""
-    family = source.family
-    steps = options.steps if options.steps is not None else (family.distilled_steps if distilled else family.steps)
-    scale = options.guidance_scale
-    if scale is None:
-        scale = (
-            DISTILLED_GUIDANCE_SCALE
-            if distilled and not networks.is_guidance_distilled(source)
-            else family.guidance_scale
-        )
-    described = options.description or f"{source.index['_class_name']} from {(checkpoint or source.folder).name}"
-    return replace(options, steps=steps, guidance_scale=scale, sizes=sizes, description=described)

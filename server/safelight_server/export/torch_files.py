@@ -16,7 +16,8 @@ from safelight_server.catalog.manifest import Manifest
 from safelight_server.export import loading
 from safelight_server.export.image_prompts import IMAGE_ENCODER
 from safelight_server.export.ip_adapter import image_encoder_of
-from safelight_server.export.plan import ExportFormat, ExportOptions, ExportPlan
+from safelight_server.export.options import ExportFormat, ExportOptions
+from safelight_server.export.plan import ExportPlan
 
 TORCH_FOLDER = "torch"
 """Beside the manifest."""

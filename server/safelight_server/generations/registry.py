@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from safelight_server.cache.cache import Cache
-from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.cluster.records import GenerationRecord
 from safelight_server.domain.caller import Caller

@@ -21,7 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from safelight_server.api.service import GENERATION_SERVICE
-from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError
 from safelight_server.http.calls import CLOSE, HttpCall
 from safelight_server.http.context import CallAbortError, Rpcs

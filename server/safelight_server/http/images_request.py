@@ -25,7 +25,8 @@ from pydantic_core import ErrorDetails
 from safelight.v1 import generation_pb2 as pb
 from starlette.datastructures import Headers
 
-from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError
 from safelight_server.http.form import Form
 from safelight_server.sampler import steps_left_out

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.catalog.pixels import linear_image, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import EncodedPicture, Pixels, encode_within, shrink

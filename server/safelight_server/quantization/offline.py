@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.manifest import (
     ADAPTER_SCALES_SOURCE,
     ADAPTER_WEIGHTS_SOURCE,
@@ -19,6 +18,7 @@ from safelight_server.catalog.manifest import (
     SIZE_IDS_SOURCE,
     TIMESTEP_SOURCE,
 )
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.catalog.pixels import decoder_latent, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray

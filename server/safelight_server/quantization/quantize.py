@@ -25,9 +25,10 @@ import onnx
 import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from safelight_server.catalog.catalog import DATA_FILE, ManifestError, Pipeline, load_pipeline
+from safelight_server.catalog.catalog import DATA_FILE, ManifestError, load_pipeline
 from safelight_server.catalog.digest import sha256
 from safelight_server.catalog.manifest import QualityGate, Quantization
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.export import memory
 from safelight_server.export.manifest import readable

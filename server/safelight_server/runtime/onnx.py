@@ -27,7 +27,8 @@ import onnxruntime
 import structlog
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
-from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
+from safelight_server.catalog.catalog import Catalog, ManifestError
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime import cores, memory, verification

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 import structlog
 
-from safelight_server.catalog.catalog import Pipeline, assemble
 from safelight_server.catalog.manifest import Manifest
+from safelight_server.catalog.pipeline import Pipeline, assemble
 from safelight_server.catalog.tokenizer import Tokens
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray

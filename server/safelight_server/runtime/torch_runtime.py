@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight_server.catalog import config_pbtxt
-from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
+from safelight_server.catalog.catalog import Catalog, ManifestError
 from safelight_server.catalog.config_pbtxt import ConfigError
 from safelight_server.catalog.manifest import (
     ADAPTER_WEIGHTS_SOURCE,
@@ -42,6 +42,7 @@ from safelight_server.catalog.manifest import (
     INPAINTING_INPUTS,
     LATENT_SOURCE,
 )
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.export.exporter import computed_buffers, load_components

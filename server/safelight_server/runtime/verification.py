@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
-from safelight_server.catalog.catalog import ManifestError, Pipeline
+from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     CONTROL_IMAGES_SOURCE,
@@ -25,6 +25,7 @@ from safelight_server.catalog.manifest import (
     IMAGE_PROMPT_SCALE_SOURCE,
     MASK_SOURCE,
 )
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import CostCurve
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from safelight.v1 import generation_pb2 as pb
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.ktx2 import TextureFormat
 from safelight_server.domain.request import DisconnectPolicy, MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
 from safelight_server.validation.violations import Violations, listed, shown

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from safelight.v1 import generation_pb2 as pb
 
-from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError
 from safelight_server.domain.request import (
     Branch,

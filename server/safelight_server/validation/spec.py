@@ -10,7 +10,7 @@ import numpy as np
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.catalog.adapters import AdapterLibrary
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.request import EVERY_STEP, AdapterUse, ControlUse, Notice, Spec
 from safelight_server.domain.roles import Role
 from safelight_server.sampler import SamplerSpec, guided_steps, refusal, steps_left_out

@@ -8,7 +8,8 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 
 from safelight_server.catalog.adapters import AdapterFile
-from safelight_server.catalog.catalog import Pipeline, UnavailablePipeline
+from safelight_server.catalog.catalog import UnavailablePipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.request import MediaType
 from safelight_server.runtime.base import CostCurve, Runtime

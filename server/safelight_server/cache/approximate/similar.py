@@ -23,7 +23,7 @@ from safelight_server.cache.approximate.index import SketchIndex
 from safelight_server.cache.approximate.lsh import BucketStore, Match, Signatures, SimilarIndex
 from safelight_server.cache.namespaces import CacheKeys, Namespace
 from safelight_server.cache.pictures import CachedPicture, Pictures
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.request import PixelEncoding
 from safelight_server.storage.purge import EntryOwner, PurgeScope
 

@@ -28,7 +28,7 @@ from safelight_server.cache.approximate.skip_policy import SkipPolicy
 from safelight_server.cache.approximate.vectors import StoredVector, Vectors
 from safelight_server.cache.checkpoints import Checkpoints
 from safelight_server.cache.namespaces import CacheKeys, Namespace
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.engine.latents import Snapshot
 from safelight_server.storage.purge import EntryOwner, PurgeScope
 from safelight_server.telemetry.background import log_failure
