@@ -51,6 +51,7 @@ FLUX: Mapping[str, State] = {
         **matrices("lora_unet_single_blocks_2_linear1", INNER, 7 * INNER, alpha=1.0),
         **matrices("lora_unet_single_blocks_2_linear2", 40, 8, alpha=4.0),
         **matrices(f"{TE1}_self_attn_q_proj", 8, 8, alpha=1.0),
+        **matrices(f"{TE1}_self_attn_out_proj", 8, 8, alpha=2.0),
         **matrices(f"{TE1}_mlp_fc2", 32, 8, alpha=4.0),
     },
     "kohya's split_qkv": split_qkv("lora_unet_double_blocks_0_txt_attn_qkv"),
