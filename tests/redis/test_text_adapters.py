@@ -95,7 +95,9 @@ async def test_a_replica_finds_what_another_has_made_with_the_same_adapter_and_f
         assert (disposition, encoded) == (R.DISPOSITION_EXACT, 0)
         assert np.array_equal(found, made)
         fresh, disposition, encoded = await two.draws(2, word=1.0)
-        assert (disposition, encoded) == (R.DISPOSITION_MISS, 0), "another picture, of the embeddings of the first replica"
+        assert (disposition, encoded) == (R.DISPOSITION_MISS, 0), (
+            "another picture, of the embeddings of the first replica"
+        )
         drawn = [await two.draws(1, **scales) for scales in others]
     assert [disposition for _, disposition, _ in drawn] == [R.DISPOSITION_MISS] * len(others)
     assert all(encoded for (_, _, encoded), scales in zip(drawn, others, strict=True) if scales)

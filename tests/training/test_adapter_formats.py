@@ -80,7 +80,12 @@ FLUX: Mapping[str, State] = {
 
 def ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     layers = parse(save({key: tensor.contiguous() for key, tensor in state.items()}))
-    return {name: torch.from_numpy(layer.up @ layer.down) for name, layer in layers.items()}
+    return {name: added(*map(torch.from_numpy, (layer.up, layer.down))) for name, layer in layers.items()}
+
+
+def added(up: Tensor, down: Tensor) -> Tensor:
+    """What a layer adds for a few inputs."""
+    return up.float() @ (down.float() @ torch.randn(down.shape[1], 4, generator=torch.Generator().manual_seed(6)))
 
 
 def theirs(state: State) -> dict[str, Tensor]:
@@ -92,7 +97,7 @@ def theirs(state: State) -> dict[str, Tensor]:
     names = {key.removesuffix(ends[0]) for key in read if key.endswith(ends[0])}
     assert len(read) == 2 * len(names)
     return {
-        plain_name(name.removeprefix("transformer.")): (read[name + ends[1]] @ read[name + ends[0]]).float()
+        plain_name(name.removeprefix("transformer.")): added(read[name + ends[1]], read[name + ends[0]])
         for name in names
     }
 
@@ -102,10 +107,16 @@ def test_files_for_flux_are_read_as_diffusers_reads_them(kind):
     found, expected = ours(FLUX[kind]), theirs(FLUX[kind])
     assert found.keys() == expected.keys()
     for name, product in found.items():
-        assert torch.allclose(product, expected[name], atol=1e-4), name
+        assert torch.allclose(product, expected[name], rtol=1e-4, atol=1e-4), name
 
 
-BLOCK = {"attn.qkv": (8, 24), "attn.proj": (8, 8), "mlp.fc1": (8, 32), "mlp.fc2": (32, 8), "adaLN_modulation.1": (8, 48)}
+BLOCK = {
+    "attn.qkv": (8, 24),
+    "attn.proj": (8, 8),
+    "mlp.fc1": (8, 32),
+    "mlp.fc2": (32, 8),
+    "adaLN_modulation.1": (8, 48),
+}
 DUAL = BLOCK | {"attn2.qkv": (8, 24), "attn2.proj": (8, 8), "adaLN_modulation.1": (8, 72)}
 LAST = {"attn.qkv": (8, 24), "adaLN_modulation.1": (8, 16)}
 JOINT = {"0.x_block": DUAL, "0.context_block": BLOCK, "1.x_block": BLOCK, "1.context_block": LAST}
@@ -129,10 +140,10 @@ def test_files_for_stable_diffusion_3_change_what_diffusers_makes_of_the_authors
     converted = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
     found = ours(state)
     changed = {
-        plain_name(name.removesuffix(".weight")): tensor
+        plain_name(name.removesuffix(".weight")): added(tensor, torch.eye(tensor.shape[1]))
         for name, tensor in converted.items()
         if name.startswith("transformer_blocks") and name.endswith(".weight")
     }
     assert found.keys() == changed.keys()
     for name, product in found.items():
-        assert torch.allclose(product, changed[name], atol=1e-5), name
+        assert torch.allclose(product, changed[name], atol=1e-4), name

@@ -118,7 +118,12 @@ def kohya_layers(family: Family, pipeline: Any) -> Iterator[tuple[str, list[str]
         )
     for target in text_room(text_adapters_of(pipeline), ROOM)["targets"]:
         encoder, _, layer = target["name"].partition(".")
-        yield f"{family.short[encoder]}_{layer.replace('.', '_')}", [target["name"]], target["inputs"], target["outputs"]
+        yield (
+            f"{family.short[encoder]}_{layer.replace('.', '_')}",
+            [target["name"]],
+            target["inputs"],
+            target["outputs"],
+        )
 
 
 def write_kohya(family: Family, place: Path) -> None:
@@ -145,7 +150,9 @@ def write_trained(make: Callable[[], Any], place: Path, networks: Iterable[str],
     pipeline, generator, given = make(), torch.Generator().manual_seed(seed), {}
     for name in networks:
         network, is_text = getattr(pipeline, name), name.startswith("text_encoder")
-        network.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=OF_TEXT[::2] if is_text else OF_ATTENTION))
+        network.add_adapter(
+            peft.LoraConfig(r=2, lora_alpha=3, target_modules=OF_TEXT[::2] if is_text else OF_ATTENTION)
+        )
         for parameter_name, parameter in network.named_parameters():
             if "lora_" in parameter_name:
                 parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
@@ -263,15 +270,17 @@ def drawn_by(pipeline: Any, given: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(pipeline(PROMPT, latents=noise, **asked).images[0], int)
 
 
-HALVES = {"float16": 0.02, "bfloat16": 0.1}
+HALVES = {"float16": 0.01, "bfloat16": 0.05}
 """How far a network's results are from those of float32, relative to the largest."""
 BOTH, MAX_ROWS = (Component.TEXT_ENCODER, Component.DENOISER), 4
 EXACT = {"timestep": 500.0, "guidance": 4.0}
 """Held exactly by all types, and so are 0.5 and 4000."""
 
 
-async def test_half_precision_takes_adapters(models):
+async def test_half_precision_takes_adapters(written, models):
     """Rows with and without adapters of one batch are within the tolerance of each alone, and near those of float32."""
+    if not EVERY and written.name != "flux":
+        pytest.skip("not in CI")
     pipeline = catalog.load(models, weights="torch").get("")
     found: dict[tuple[Component, str], np.ndarray[Any, Any]] = {}
     for dtype in ("float32", *HALVES):
@@ -285,6 +294,7 @@ async def test_half_precision_takes_adapters(models):
                 specs = [InputSpec(name, shape, name in config.ids) for name, shape in config.rows.items()]
                 feed = verification.example(verification.at_sizes(specs, pipeline)[0], MAX_ROWS)
                 # FLUX's network rounds time and guidance to its own type, times 1000: these are not changed by that.
+                feed["adapter_weights"] *= 4
                 feed |= {name: np.full(MAX_ROWS, value, "f") for name, value in EXACT.items() if name in feed}
                 assert [scales.any() for scales in feed["adapter_scales"]] == [True, True, False, True]
                 together = await runtime.run(0, "tiny", component, feed)
@@ -295,11 +305,13 @@ async def test_half_precision_takes_adapters(models):
                         off = np.abs(together[name][row] - wanted[0]).max() / np.abs(wanted).max()
                         assert off <= options.tolerance, (dtype, component, name)
                 bare = feed | {"adapter_scales": np.zeros_like(feed["adapter_scales"])}
+                changes = []
                 for name, plain in (await runtime.run(0, "tiny", component, bare)).items():
                     wanted = found.setdefault((component, name), together[name])
                     off, change = (np.abs(together[name] - at).max() / np.abs(wanted).max() for at in (wanted, plain))
-                    print(dtype, component, name, off, change)
                     assert off <= HALVES.get(dtype, 0), (dtype, name)
+                    changes.append(change)
+                assert max(changes) > 2 * HALVES.get(dtype, 0), "the adapters matter"
         finally:
             await runtime.close()
 
@@ -314,7 +326,10 @@ def test_prompts_of_a_mixed_batch_have_the_bits_that_they_have_alone_and_are_tho
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     of_denoiser = Adapters(denoiser, target_names(denoiser, AdapterLayers.BLOCKS))
     of_text = text_adapters_of(pipeline)
-    room, place = AdapterRoom.model_validate(of_denoiser.room(ROOM)), AdapterRoom.model_validate(text_room(of_text, ROOM))
+    room, place = (
+        AdapterRoom.model_validate(of_denoiser.room(ROOM)),
+        AdapterRoom.model_validate(text_room(of_text, ROOM)),
+    )
     library = AdapterLibrary(written.adapters, {"tiny": room}, text_rooms={"tiny": place})
     rows, names = len(MIXED), ("last_hidden_state", "pooled_output")
     ids = token_ids(pipeline, TEXTS)

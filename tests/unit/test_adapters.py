@@ -182,7 +182,12 @@ def test_layers_of_x_labs_are_those_of_flux(name, prefix):
 
 def test_three_adapters_that_kohya_saves_as_one_take_the_ranks_of_one():
     """`split_qkv`: the matrix B has a block for each of queries, keys and values, and zeros beside them."""
-    name, down, blocks, up = "lora_unet_double_blocks_0_img_attn_qkv", numbers(6, 4), numbers(12, 2), np.zeros((12, 6), "f")
+    name, down, blocks, up = (
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        numbers(6, 4),
+        numbers(12, 2),
+        np.zeros((12, 6), "f"),
+    )
     for part in range(3):
         up[4 * part : 4 * part + 4, 2 * part : 2 * part + 2] = blocks[4 * part : 4 * part + 4]
     given = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.array([3.0], "f")}
@@ -205,7 +210,9 @@ def test_what_adds_nothing_needs_no_room():
     for key in idle:
         with pytest.raises(AdapterFileError, match=r"changes biases|do not go together"):
             parse(safetensors(matrices(2) | {key: idle[key] + 1}))
-    assert len(parse(safetensors({A: numbers(2, 4), B: np.zeros((6, 2), np.float32)}))) == 1, "one that is not trained yet"
+    assert len(parse(safetensors({A: numbers(2, 4), B: np.zeros((6, 2), np.float32)}))) == 1, (
+        "one that is not trained yet"
+    )
 
 
 def test_a_layer_under_both_names_is_refused():

@@ -41,6 +41,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PART = re.compile(
     r"(?P<layer>.+?)(\.lora_(?P<half>[AB])(\.default)?|(\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<side>down|up))\.weight"
 )
+SIDES = {"A": "down", "B": "up"}
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_")
 """What stands before the name of a denoiser's layer: peft's, diffusers', that of the models' authors, kohya's."""
 DENOISERS = ("unet.", "transformer.")
@@ -188,7 +189,7 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
             raise AdapterFileError(f"has {key} {list(tensor.shape)}, which is not understood{kind}")
         if not np.isfinite(tensor).all():
             raise AdapterFileError(f"has numbers in {key} that are not finite")
-        half, side = halves.setdefault(_layer(part["layer"]), {}), part["side"] or {"A": "down", "B": "up"}[part["half"]]
+        half, side = halves.setdefault(_layer(part["layer"]), {}), part["side"] or SIDES[part["half"]]
         if side in half:
             raise AdapterFileError(f"has {key} and the same matrix under another name")
         half[side] = tensor

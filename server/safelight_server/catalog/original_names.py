@@ -1,4 +1,4 @@
-"""The layers of FLUX, Stable Diffusion 3 and Z-Image as their authors name them, which kohya's scripts and others write. Pure.
+"""The layers of FLUX, Stable Diffusion 3 and Z-Image as their authors name them, as kohya's and others' files do. Pure.
 
 diffusers has several layers where the authors have one: queries, keys and values
 side by side, and in FLUX's single blocks the feed-forward's input beside them. An
