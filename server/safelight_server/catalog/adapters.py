@@ -67,7 +67,7 @@ OTHER_KINDS = {
 }
 """Adapters that are no plain LoRA, by what is in their keys; for messages."""
 WHOLE = (".diff", ".diff_b")
-"""How keys end of what is added to a weight or a bias as a whole. Files have some that are all zeros, which add nothing."""
+"""How keys end of what is added to a weight or a bias as a whole. Some files have zeros there, which add nothing."""
 
 
 LAYERS_HINT = "safelight export --adapter-layers"
