@@ -39,10 +39,10 @@ ALWAYS_ROWS = 16
 WARM_UP_BUDGET_S = 1.0
 """Time for one component; larger batches that cannot be verified in it are not offered."""
 REPETITIONS = 3
-SMALL_VOCABULARY = 256
-LAST_TIMESTEP = 999
 LARGEST_GUIDANCE = 20.0
 """Networks that are given the guidance scale multiply it by 1000, which float16 holds up to 65."""
+SMALL_VOCABULARY = 256
+LAST_TIMESTEP = 999
 CANARY_ROWS = (3, 2, 1)
 """Batch sizes in a fingerprint. All differ, so that answers which arrive one or two calls late are noticed."""
 
