@@ -25,7 +25,9 @@ FORMATS = {
     "diffusers, a transformer": ("transformer.{0}.lora_A.weight", "transformer.{0}.lora_B.weight"),
     "older diffusers": ("unet.{0}.lora.down.weight", "unet.{0}.lora.up.weight"),
     "early diffusers": ("unet.{2}_lora.down.weight", "unet.{2}_lora.up.weight"),
+    "diffusers of 2023": ("unet.{0}.lora_linear_layer.down.weight", "unet.{0}.lora_linear_layer.up.weight"),
     "kohya": ("lora_unet_{1}.lora_down.weight", "lora_unet_{1}.lora_up.weight"),
+    "kohya's form of a transformer": ("lora_transformer_{1}.lora_down.weight", "lora_transformer_{1}.lora_up.weight"),
 }
 
 
@@ -116,11 +118,16 @@ ORIGINAL = {
     ),
     "single_blocks.17.linear2": ("single_transformer_blocks_17_", [("proj_out", 0, 12)]),
     "single_blocks.17.modulation.lin": ("single_transformer_blocks_17_", [("norm_linear", 0, 12)]),
+    "joint_blocks.3.x_block.attn.qkv": ("transformer_blocks_3_attn_to_", [("q", 0, 4), ("k", 4, 8), ("v", 8, 12)]),
+    "joint_blocks.3.x_block.attn2.qkv": ("transformer_blocks_3_attn2_to_", [("q", 0, 4), ("k", 4, 8), ("v", 8, 12)]),
+    "joint_blocks.3.context_block.mlp.fc2": ("transformer_blocks_3_ff_context_", [("net_2", 0, 12)]),
+    "joint_blocks.3.context_block.adaLN_modulation.1": ("transformer_blocks_3_", [("norm1_context_linear", 0, 12)]),
     "layers.2.attention.qkv": ("layers_2_attention_to_", [("q", 0, 4), ("k", 4, 8), ("v", 8, 12)]),
     "context_refiner.0.attention.out": ("context_refiner_0_attention_", [("to_out_0", 0, 12)]),
     "layers.2.attention.to_q": ("layers_2_attention_", [("to_q", 0, 12)]),
 }
-"""Layers of 2 inputs and 12 outputs as the authors of FLUX and Z-Image name them: those of diffusers, their outputs."""
+"""Layers of 2 inputs and 12 outputs as the authors of FLUX, Stable Diffusion 3 and Z-Image name them: those of diffusers,
+their outputs."""
 
 
 @pytest.mark.parametrize("layer", ORIGINAL)
@@ -139,6 +146,73 @@ def test_a_layer_of_the_authors_of_a_model_becomes_those_of_diffusers(layer, is_
     for name, first, end in parts:
         assert np.array_equal(found[f"{place}{name}"].down, down)
         assert np.array_equal(found[f"{place}{name}"].up, up[first:end] * np.float32(2 if is_kohya else 1))
+
+
+def numbers(*shape: int, seed: int = 4) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_the_last_block_of_stable_diffusion_3_has_shift_and_scale_the_other_way_round():
+    name, up = "lora_unet_joint_blocks_23_context_block_adaLN_modulation_1", numbers(8, 3)
+    given = {f"{name}.lora_down.weight": numbers(3, 4), f"{name}.lora_up.weight": up}
+    [found] = parse(safetensors(given)).values()
+    assert np.array_equal(found.up, np.concatenate([up[4:], up[:4]]))
+
+
+X_LABS = {
+    "double_blocks.0.processor.qkv_lora1": ["attn_to_q", "attn_to_k", "attn_to_v"],
+    "double_blocks.0.processor.qkv_lora2": ["attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"],
+    "double_blocks.0.processor.proj_lora1": ["attn_to_out_0"],
+    "double_blocks.0.processor.proj_lora2": ["attn_to_add_out"],
+    "single_blocks.0.processor.qkv_lora": ["attn_to_q", "attn_to_k", "attn_to_v"],
+    "single_blocks.0.processor.proj_lora": ["proj_out"],
+}
+
+
+@pytest.mark.parametrize("name", X_LABS)
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_layers_of_x_labs_are_those_of_flux(name, prefix):
+    down, up = numbers(3, 4), numbers(12, 3)
+    found = parse(safetensors({f"{prefix}{name}.down.weight": down, f"{prefix}{name}.up.weight": up}))
+    place = "single_transformer_blocks_0_" if name.startswith("single") else "transformer_blocks_0_"
+    assert list(found) == [f"{place}{layer}" for layer in X_LABS[name]]
+    assert np.array_equal(np.concatenate([layer.up for layer in found.values()]), up)
+    assert all(np.array_equal(layer.down, down) for layer in found.values())
+
+
+def test_three_adapters_that_kohya_saves_as_one_take_the_ranks_of_one():
+    """`split_qkv`: the matrix B has a block for each of queries, keys and values, and zeros beside them."""
+    name, down, blocks, up = (
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        numbers(6, 4),
+        numbers(12, 2),
+        np.zeros((12, 6), "f"),
+    )
+    for part in range(3):
+        up[4 * part : 4 * part + 4, 2 * part : 2 * part + 2] = blocks[4 * part : 4 * part + 4]
+    given = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.array([3.0], "f")}
+    found = list(parse(safetensors(given)).values())
+    assert [layer.shape for layer in found] == [(2, 4, 4, 1)] * 3
+    for part, layer in enumerate(found):
+        assert np.array_equal(layer.down, down[2 * part : 2 * part + 2])
+        assert np.allclose(layer.up @ layer.down, 0.5 * up[4 * part : 4 * part + 4] @ down, atol=1e-6)
+
+
+def test_what_adds_nothing_needs_no_room():
+    """Zeros of other kinds, and layers of zeros, which files have for text encoders that were not trained."""
+    idle = {
+        "lora_unet_down_attn1_to_q.diff_b": np.zeros(6, np.float32),
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": numbers(9, 4),
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": np.zeros((4, 9), np.float32),
+    }
+    assert parse(safetensors(matrices(2) | idle)).keys() == parse(safetensors(matrices(2))).keys()
+    assert packed(parse(safetensors(matrices(2) | idle)), FITTING).shape == (2, FITTING.width)
+    for key in idle:
+        with pytest.raises(AdapterFileError, match=r"changes biases|do not go together"):
+            parse(safetensors(matrices(2) | {key: idle[key] + 1}))
+    assert len(parse(safetensors({A: numbers(2, 4), B: np.zeros((6, 2), np.float32)}))) == 1, (
+        "one that is not trained yet"
+    )
 
 
 def test_a_layer_under_both_names_is_refused():

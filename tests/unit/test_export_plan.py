@@ -977,12 +977,16 @@ def test_transformers_take_adapters(flux: FluxFolder, z_image: ZImageFolder) -> 
         assert draft(made)["inputs"].items() >= ADAPTER_INPUTS.items()
 
 
-def test_text_encoders_get_room_for_adapters_too_unless_they_are_left_out(folder: Folder) -> None:
+def test_text_encoders_get_room_for_adapters_too_unless_they_are_left_out(
+    folder: Folder, flux: FluxFolder, z_image: ZImageFolder
+) -> None:
     roomy, plain = plan(folder(), adapter_rank=8), plan(folder(), adapter_rank=8, text_adapters=False)
     assert "text_adapters" in draft(roomy)
     assert "text_adapters" not in draft(plain)
     assert draft(plain)["adapters"] == draft(roomy)["adapters"]
     assert "text_adapters" not in draft(plan(folder()))
+    assert "text_adapters" in draft(plan(flux(), adapter_rank=8)), "CLIP has room, beside T5"
+    assert "text_adapters" not in draft(plan(z_image(), adapter_rank=8, format=ExportFormat.TORCH)), "no CLIP"
     assert "--no-text-adapters: goes with --adapter-rank; leave it out" in fault(folder(), text_adapters=False)
 
 

@@ -387,3 +387,11 @@ def test_torch_that_is_not_installed_is_named_with_what_to_install(monkeypatch):
         match=r"^torch, diffusers not installed: in a clone of Safelight, pip install -e clients/python -e '\.\[torch\]'",
     ):
         build_runtime(load(runtime="torch", models_dir=MODELS))
+
+
+def test_guidance_scales_are_verified_that_half_precision_holds():
+    """Times 1000, as FLUX takes them."""
+    made = verification.example([verification.InputSpec(name, ()) for name in ("guidance", "timestep")], 64)
+    assert np.isfinite(np.float16(1000 * made["guidance"])).all()
+    assert made["guidance"].max() > 10
+    assert made["timestep"].max() > 900

@@ -49,6 +49,8 @@ KEYS = {
     "diffusers": "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_{A}.weight",
     "diffusers, without text_model": "text_encoder.encoder.layers.0.mlp.fc1.lora_{A}.weight",
     "older diffusers": "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora.{down}.weight",
+    "diffusers of 2023": "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.{down}.weight",
+    "ComfyUI": "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_{down}.weight",
     "kohya": "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{down}.weight",
     "kohya, SDXL": "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{down}.weight",
     "peft": "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_{A}.weight",
@@ -71,12 +73,34 @@ def test_every_format_gives_the_same_weights(kind):
 
 def test_each_text_encoder_of_sdxl_has_its_own_layers():
     """diffusers' names and kohya's; the third one's are not taken for another's."""
-    of = {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
-    for name, short in of.items():
-        pattern = f"{name}.text_model.encoder.layers.0.mlp.fc1.lora_{{A}}.weight"
-        other = f"{short}_text_model_encoder_layers_0_mlp_fc1.lora_{{down}}.weight"
-        layers = [parse(safetensors(named(key, text_matrices(2)))) for key in (pattern, other)]
-        assert [list(found) for found in layers] == [[f"{name}_text_model_encoder_layers_0_mlp_fc1"]] * 2
+    of = {"text_encoder_2": ("lora_te2", "clip_g"), "text_encoder_3": ("lora_te3", "t5xxl")}
+    for name, (short, comfy) in of.items():
+        keys = (
+            f"{name}.text_model.encoder.layers.0.mlp.fc1.lora_{{A}}.weight",
+            f"{short}_text_model_encoder_layers_0_mlp_fc1.lora_{{down}}.weight",
+            f"text_encoders.{comfy}.transformer.text_model.encoder.layers.0.mlp.fc1.lora_{{down}}.weight",
+        )
+        layers = [parse(safetensors(named(key, text_matrices(2)))) for key in keys]
+        assert [list(found) for found in layers] == [[f"{name}_text_model_encoder_layers_0_mlp_fc1"]] * 3
+
+
+def test_the_attention_of_a_text_encoder_has_other_names_in_early_files():
+    place = "text_encoder.text_model.encoder.layers.0.self_attn"
+    for early, name in (("to_q", "q_proj"), ("to_out", "out_proj")):
+        found = parse(safetensors(named(f"{place}.{early}_lora.{{down}}.weight", text_matrices(2))))
+        assert list(found) == [f"{place}.{name}".replace(".", "_")]
+
+
+def test_t5_has_no_room_and_the_error_says_so(tmp_path):
+    """Of the three text encoders of Stable Diffusion 3, and of the two of FLUX."""
+    for key in (
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_{down}.weight",
+        "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo.lora_{A}.weight",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.o.lora_{down}.weight",
+    ):
+        write(tmp_path, "t5", arrays=text_matrices(2) | named(key, text_matrices(2)))
+        why = library(tmp_path).misfit("small", "t5")
+        assert "which is no target of the model (of text encoders the layers of CLIP have room)" in why, key
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Names of a UNet's layers in the files of adapters, and what diffusers calls the same layers.
 
 kohya's scripts write adapters of SDXL with the names of the original UNet
-(`input_blocks_4_1_proj_in`), and early versions of diffusers wrote those of the
-attention's processors. What other tools write are diffusers' own names.
+(`input_blocks_4_1_proj_in`), early versions of diffusers wrote those of the
+attention's processors, and X-Labs those of its own for FLUX. What other tools write are diffusers' own names.
 """
 
 from __future__ import annotations
@@ -28,6 +28,20 @@ ENDS = {
     "label_emb_0_2": "add_embedding_linear_2",
 }
 """What stands before and after the levels, and beside them."""
+X_LABS_KEY = re.compile(
+    r"(?P<block>.*(double|single)_blocks\.[0-9]+)\.processor\.(?P<part>(qkv|proj)_lora[12]?)(?P<end>\.(down|up)\.weight)"
+)
+X_LABS = {
+    "qkv_lora1": "img_attn.qkv",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "qkv",
+    "proj_lora": "linear2",
+}
+"""What X-Labs' trainer for FLUX changes, and the layers of FLUX's authors; `qkv` is a part of `linear1`."""
+EARLY_TEXT = re.compile(r"\.to_(q|k|v|out)$")
+"""How early versions of diffusers named the attention's layers of a text encoder, as if it were a UNet."""
 
 
 def plain_name(layer: str) -> str:
@@ -47,6 +61,18 @@ def diffusers_name(layer: str) -> str:
         return _in_level(found["side"], int(found["block"]), int(found["part"]), found["rest"])
     layer = layer.replace(".processor.", ".")
     return f"{layer}.0" if layer.endswith(".to_out") else layer
+
+
+def text_layer_name(layer: str) -> str:
+    """What transformers calls a layer of CLIP's text encoder."""
+    return EARLY_TEXT.sub(r".\1_proj", layer)
+
+
+def plain_key(key: str) -> str:
+    """A key of X-Labs' as one of FLUX's authors; any other stays as it is."""
+    if (found := X_LABS_KEY.fullmatch(key)) is None:
+        return key
+    return f"{found['block']}.{X_LABS[found['part']]}.lora{found['end']}"
 
 
 def _in_level(side: str, block: int, part: int, rest: str) -> str:

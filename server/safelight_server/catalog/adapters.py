@@ -26,7 +26,7 @@ import numpy as np
 import structlog
 
 from safelight_server.catalog import original_names, safetensors
-from safelight_server.catalog.adapter_names import diffusers_name, plain_name
+from safelight_server.catalog.adapter_names import diffusers_name, plain_key, plain_name, text_layer_name
 from safelight_server.catalog.manifest import AdapterRoom, AdapterTarget
 from safelight_server.catalog.safetensors import SafetensorsError
 from safelight_server.domain.tensors import FloatArray
@@ -39,18 +39,20 @@ MAX_ADAPTERS = 256
 MAX_CONFIG_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PART = re.compile(
-    r"(?P<layer>.+?)(\.lora_A(\.default)?|(\.lora[._]|_lora\.)down|\.lora_B(\.default)?|(\.lora[._]|_lora\.)up)\.weight"
+    r"(?P<layer>.+?)(\.lora_(?P<half>[AB])(\.default)?|(\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<side>down|up))\.weight"
 )
-DOWN = re.compile(r"\.lora_A(\.default)?\.weight$|(\.lora[._]|_lora\.)down\.weight$")
-PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "lora_unet_")
+SIDES = {"A": "down", "B": "up"}
+PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_")
 """What stands before the name of a denoiser's layer: peft's, diffusers', that of the models' authors, kohya's."""
 DENOISERS = ("unet.", "transformer.")
 """What stands before the keys of a denoiser in the metadata of diffusers' files."""
 TEXT_KEY = re.compile(
-    r"(?:text_encoder(?:_(?P<number>[23]))?\.|lora_te(?P<kohya>[123])?_|base_model\.model\.(?=text_model\.|encoder\.layers\.))"
-    r"(?:text_model[._])?"
+    r"(?:text_encoder(?:_(?P<number>[23]))?\.|lora_te(?P<kohya>[123])?_|base_model\.model\.(?=text_model\.|encoder\.layers\.)"
+    r"|text_encoders\.(?P<comfy>clip_l|clip_g|t5xxl)\.transformer\.)(?:text_model[._])?"
 )
-"""What stands before the name of a text encoder's layer: diffusers', kohya's, peft's. `text_model.` is there or not."""
+"""What stands before the name of a text encoder's layer: diffusers', kohya's, peft's, ComfyUI's. `text_model.` is there
+or not."""
+COMFY_NUMBERS = {"clip_l": "1", "clip_g": "2", "t5xxl": "3"}
 TEXT_ENCODER = "text_encoder"
 OTHER_KINDS = {
     ".lora_mid.": "a CP decomposition (LoCon with use_cp or use_tucker)",
@@ -59,8 +61,16 @@ OTHER_KINDS = {
     ".hada_": "LoHa",
     ".lokr_": "LoKr",
     ".oft_": "OFT",
+    ".diff_b": "an adapter that changes biases",
+    ".bias": "an adapter that changes biases",
+    "bundle_emb": "an embedding (textual inversion) beside the adapter",
 }
 """Adapters that are no plain LoRA, by what is in their keys; for messages."""
+WHOLE = (".diff", ".diff_b")
+"""How keys end of what is added to a weight or a bias as a whole. Some files have zeros there, which add nothing."""
+
+
+LAYERS_HINT = "safelight export --adapter-layers"
 
 
 class AdapterFileError(Exception):
@@ -126,7 +136,8 @@ class AdapterFile:
         for layer, (_, *form) in self.shapes.items():
             target = targets.get(layer)
             if target is None:
-                return f"changes {layer}, which is no target of the model (safelight export --adapter-layers)"
+                hint = "of text encoders the layers of CLIP have room" if is_of_text(layer) else LAYERS_HINT
+                return f"changes {layer}, which is no target of the model ({hint})"
             own = [target.inputs, target.outputs, target.edge]
             if form != own:
                 inputs, outputs, edge = form
@@ -170,13 +181,15 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
         if key.endswith(".alpha") and tensor.size == 1:
             alphas[_layer(key.removesuffix(".alpha"))] = float(tensor.reshape(()))
             continue
-        part = PART.fullmatch(key)
+        if key.endswith(WHOLE) and not tensor.any():
+            continue
+        part = PART.fullmatch(plain_key(key))
         if part is None or tensor.ndim not in (2, 4):
             kind = next((f": it is of {kind}" for mark, kind in OTHER_KINDS.items() if mark in key), "")
             raise AdapterFileError(f"has {key} {list(tensor.shape)}, which is not understood{kind}")
         if not np.isfinite(tensor).all():
             raise AdapterFileError(f"has numbers in {key} that are not finite")
-        half, side = halves.setdefault(_layer(part["layer"]), {}), "down" if DOWN.search(key) else "up"
+        half, side = halves.setdefault(_layer(part["layer"]), {}), part["side"] or SIDES[part["half"]]
         if side in half:
             raise AdapterFileError(f"has {key} and the same matrix under another name")
         half[side] = tensor
@@ -188,7 +201,9 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
     for layer, half in halves.items():
         own = settings if config else _saved_config(settings, layer)
         made[plain_name(layer)] = _low_rank(layer, half, alphas.get(layer), own)
-    return _as_in_diffusers(made)
+    made = _as_in_diffusers(made)
+    # Layers of zeros change nothing in any model: files have some for T5, which then need no room.
+    return {name: layer for name, layer in made.items() if layer.up.any() and layer.down.any()} or made
 
 
 def _low_rank(
@@ -224,15 +239,26 @@ def _as_in_diffusers(layers: Mapping[str, LowRankLayer]) -> dict[str, LowRankLay
         for at, part in original_names.diffusers_layers(name, inputs, outputs):
             if at in made:
                 raise AdapterFileError(f"changes {at} twice, under two names")
-            made[at] = replace(layer, up=layer.up[part])
+            made[at] = layer if part == slice(None) else _of_outputs(layer, part)
     return made
+
+
+def _of_outputs(layer: LowRankLayer, outputs: slice | list[int]) -> LowRankLayer:
+    """A layer of some of the outputs, without the ranks that add nothing to them.
+
+    kohya's `split_qkv` writes three adapters as one: the ranks of all, of which each changes its own outputs.
+    """
+    up = layer.up[outputs]
+    acting = up.any(axis=0)
+    return replace(layer, down=layer.down[acting], up=up[:, acting]) if acting.any() else replace(layer, up=up)
 
 
 def _layer(key: str) -> str:
     """The name of a layer in the denoiser, or in the pipeline: text_encoder.text_model.… or text_encoder_2.…"""
     if (of_text := TEXT_KEY.match(key)) is not None:
-        number = of_text["number"] or of_text["kohya"] or "1"
-        return f"{TEXT_ENCODER}{'' if number == '1' else f'_{number}'}.text_model.{key[of_text.end() :]}"
+        number = of_text["number"] or of_text["kohya"] or COMFY_NUMBERS.get(of_text["comfy"], "1")
+        name = text_layer_name(key[of_text.end() :])
+        return f"{TEXT_ENCODER}{'' if number == '1' else f'_{number}'}.text_model.{name}"
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
     return diffusers_name(key)

@@ -250,7 +250,7 @@ IMAGE_PROMPT_OUTPUTS = ("tokens", "negative_tokens")
 MASK_SOURCE, MASKED_IMAGE_SOURCE = "mask", "masked_image"
 INPAINTING_INPUTS = {"mask": MASK_SOURCE, "masked_image": MASKED_IMAGE_SOURCE}
 """What a denoiser that only inpaints is given beside its other inputs."""
-GUIDANCE_SOURCE = "scalar:guidance"
+GUIDANCE_INPUT, GUIDANCE_SOURCE = "guidance", "scalar:guidance"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
     "timestep": TIMESTEP_SOURCE,

@@ -196,18 +196,30 @@ class FluxTextEncoders(nn.Module):
 
     Args:
         num_clip_tokens: T1.
+        adapters: of CLIP, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
     """
 
     outputs = ("last_hidden_state", "pooled_output")
 
-    def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel, num_clip_tokens: int) -> None:
+    def __init__(
+        self, clip: CLIPTextModel, t5: T5EncoderModel, num_clip_tokens: int, adapters: Adapters | None = None
+    ) -> None:
         super().__init__()
         self.clip, self.t5 = clip, t5
         self.num_clip_tokens = num_clip_tokens
+        self.adapters = adapters
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         clip_ids, t5_ids = input_ids[:, : self.num_clip_tokens], input_ids[:, self.num_clip_tokens :]
-        return self.t5(input_ids=t5_ids).last_hidden_state, self.clip(input_ids=clip_ids).pooler_output
+        with given(self.adapters, adapter_weights, adapter_scales, adapter_rows):
+            pooled = self.clip(input_ids=clip_ids).pooler_output
+        return self.t5(input_ids=t5_ids).last_hidden_state, pooled
 
 
 class StableDiffusion3TextEncoders(nn.Module):
@@ -219,6 +231,7 @@ class StableDiffusion3TextEncoders(nn.Module):
 
     Args:
         num_clip_tokens: T1.
+        adapters: of both CLIP encoders, which then are given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
     """
 
     outputs = ("last_hidden_state", "pooled_output")
@@ -229,15 +242,24 @@ class StableDiffusion3TextEncoders(nn.Module):
         second: CLIPTextModelWithProjection,
         t5: T5EncoderModel,
         num_clip_tokens: int,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         self.first, self.second, self.t5 = first, second, t5
         self.num_clip_tokens = num_clip_tokens
+        self.adapters = adapters
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+        adapter_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         length = self.num_clip_tokens
-        one = self.first(input_ids=input_ids[:, :length], output_hidden_states=True)
-        two = self.second(input_ids=input_ids[:, length : 2 * length], output_hidden_states=True)
+        with given(self.adapters, adapter_weights, adapter_scales, adapter_rows):
+            one = self.first(input_ids=input_ids[:, :length], output_hidden_states=True)
+            two = self.second(input_ids=input_ids[:, length : 2 * length], output_hidden_states=True)
         of_t5 = self.t5(input_ids=input_ids[:, 2 * length :]).last_hidden_state
         of_clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
         of_clip = nn.functional.pad(of_clip, (0, of_t5.shape[-1] - of_clip.shape[-1]))

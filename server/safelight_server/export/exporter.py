@@ -236,12 +236,13 @@ def _adapters_of(module: nn.Module) -> Adapters | None:
 
 
 def text_encoder_of(pipeline: DiffusionPipeline, adapters: Adapters | None = None) -> nn.Module:
-    """The text encoder of a pipeline, or all of them; `adapters`: with room for them, where it has a UNet."""
+    """The text encoder of a pipeline, or all of them; `adapters`: with room for them in those that are CLIP's."""
     first, clip_tokens = pipeline.text_encoder, max_tokens(pipeline, pipeline.tokenizer, pipeline.text_encoder)
     if isinstance(pipeline, FluxPipeline):
-        return FluxTextEncoders(first, pipeline.text_encoder_2, clip_tokens)
+        return FluxTextEncoders(first, pipeline.text_encoder_2, clip_tokens, adapters)
     if isinstance(pipeline, StableDiffusion3Pipeline):
-        return StableDiffusion3TextEncoders(first, pipeline.text_encoder_2, pipeline.text_encoder_3, clip_tokens)
+        others = pipeline.text_encoder_2, pipeline.text_encoder_3
+        return StableDiffusion3TextEncoders(first, *others, clip_tokens, adapters)
     if isinstance(pipeline, ZImagePipeline):
         return ZImageTextEncoder(first, pipeline.tokenizer.pad_token_id)
     if not isinstance(pipeline, StableDiffusionXLPipeline):

@@ -118,9 +118,9 @@ class ExportPlan:
 
     @property
     def has_text_adapters(self) -> bool:
-        """Whether the text encoders get room for adapters: CLIP's beside a UNet."""
-        is_unet = self.source.family.denoiser != "transformer"
-        return is_unet and self.options.adapter_rank > 0 and self.options.text_adapters
+        """Whether the text encoders get room for adapters: those that are CLIP's."""
+        is_wanted = self.options.adapter_rank > 0 and self.options.text_adapters
+        return is_wanted and bool(self.source.family.clip_encoders)
 
     @property
     def peak_bytes(self) -> int:

@@ -56,6 +56,11 @@ class Family:
         return tuple(name for name in self.components if name.startswith("text_encoder"))
 
     @property
+    def clip_encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders that are CLIP's."""
+        return tuple(name for name in self.text_encoders if self.components[name][0].startswith("CLIPText"))
+
+    @property
     def tokenizers(self) -> tuple[str, ...]:
         """The names of the tokenizers."""
         return tuple(name for name in self.components if name.startswith("tokenizer"))

@@ -11,18 +11,20 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from safelight_server.catalog.manifest import AdapterRoom
 from safelight_server.export.adapters import Adapters
 from safelight_server.export.source import ExportError
 
+CLIP = CLIPTextModel | CLIPTextModelWithProjection
 PARTS = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 
 
 def text_adapters_of(pipeline: DiffusionPipeline) -> Adapters:
-    """Changes the text encoders of a pipeline of Stable Diffusion or SDXL to take adapters."""
-    names = ("text_encoder", "text_encoder_2")
-    encoders = nn.ModuleDict({name: getattr(pipeline, name) for name in names if getattr(pipeline, name, None)})
+    """Changes the CLIP text encoders of a pipeline to take adapters; those of other kinds stay as they are."""
+    found = {name: getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")}
+    encoders = nn.ModuleDict({name: encoder for name, encoder in found.items() if isinstance(encoder, CLIP)})
     layers = [name for name, _ in encoders.named_modules() if name.endswith(PARTS)]
     return Adapters(encoders, layers)
 

@@ -22,6 +22,7 @@ from safelight_server.catalog.manifest import (
     CONTROL_IMAGES_SOURCE,
     CONTROL_SCALES_SOURCE,
     ENCODER_MASK_INPUT,
+    GUIDANCE_INPUT,
     IMAGE_PROMPT_SCALE_SOURCE,
     MASK_SOURCE,
 )
@@ -39,6 +40,8 @@ ALWAYS_ROWS = 16
 WARM_UP_BUDGET_S = 1.0
 """Time for one component; larger batches that cannot be verified in it are not offered."""
 REPETITIONS = 3
+LARGEST_GUIDANCE = 20.0
+"""Networks that are given the guidance scale multiply it by 1000, which float16 holds up to 65."""
 SMALL_VOCABULARY = 256
 LAST_TIMESTEP = 999
 CANARY_ROWS = (3, 2, 1)
@@ -114,6 +117,8 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
         if spec.name == IMAGE_PROMPT_SCALE_SOURCE:  # at most 1, and of every third row none
             made[spec.name] *= np.float32(1 / LAST_TIMESTEP)
             made[spec.name][2::3] = 0
+        if spec.name == GUIDANCE_INPUT:
+            made[spec.name] *= np.float32(LARGEST_GUIDANCE / LAST_TIMESTEP)
         if spec.name == ENCODER_MASK_INPUT:  # prompts of all lengths, the first as long as the context
             lengths = rng.integers(1, shape[-1] + 1, rows)
             lengths[0] = shape[-1]
