@@ -158,6 +158,21 @@ def test_grey_of_16_bits_is_scaled_and_not_cut_off():
     assert np.abs(pixels[..., 0].astype(int) - ramp / 257).max() <= 1
 
 
+@pytest.mark.parametrize("clear", [0, 257 * 40, 65_535])
+def test_grey_of_16_bits_may_have_a_value_that_is_transparent(clear):
+    """A value beside it that becomes the same grey of 8 bits is opaque."""
+    values = np.full((16, 16), 257 * 90, np.uint16)
+    values[:8] = clear
+    values[:, :8] = clear + (1 if clear < 65_535 else -1)
+    data = file_of(Image.fromarray(values), transparency=clear)
+    assert Image.open(io.BytesIO(data)).mode.startswith("I"), "Pillow has read it as grey of 16 bits"
+    wanted = np.zeros((16, 16), np.uint8)
+    wanted[:8, 8:] = 255
+    assert np.array_equal(decode_mask(data, WHOLE, 16, 16), wanted)
+    assert (decode_picture(data, WHOLE, 16, 16)[:8, 8:] == 255).all()
+    assert (decode_picture(data, WHOLE, 16, 16)[8:, 8:] == 90).all()
+
+
 def test_cmyk_becomes_colours():
     data = file_of(quarters("CMYK"), "JPEG", quality=100, subsampling=0)
     near(decode_picture(data, WHOLE, 16, 16), RED, BLUE, GREEN, WHITE, by=8)

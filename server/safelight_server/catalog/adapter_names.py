@@ -28,6 +28,15 @@ ENDS = {
     "label_emb_0_2": "add_embedding_linear_2",
 }
 """What stands before and after the levels, and beside them."""
+OTHER_KINDS = {
+    ".lora_mid.": "a CP decomposition (LoCon with use_cp or use_tucker)",
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+}
+"""Adapters that are no plain LoRA, by what is in their keys; for messages."""
 
 
 def plain_name(layer: str) -> str:

@@ -128,10 +128,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Converts 16-bit grey to 8 bits: Pillow's own conversion clips values above 255."""
+    """Converts 16-bit grey to 8 bits, with the value that stands for transparency, as Pillow's own conversion does not."""
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).clip(0, 65_535).astype(np.uint32) * 255 // 65_535).astype(np.uint8))
+    values = np.asarray(image).clip(0, 65_535)
+    grey = Image.fromarray((values.astype(np.uint32) * 255 // 65_535).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -125,6 +125,7 @@ class Generation:
         self.origins: tuple[Origin | None, ...] = ()
         self.numerics_id = ""
         self.outputs = [Output(self, index, seed, clock) for index, seed in enumerate(request.spec.seeds)]
+        self.picture_bytes = 0
         self._fixed_bytes = GENERATION_BYTES + OUTPUT_BYTES * len(self.outputs) + request.held_bytes
         self._clock = clock
         self.stage = stage
@@ -175,8 +176,8 @@ class Generation:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes in memory: the request, state events, finished pictures, and objects of fixed size."""
-        return self._fixed_bytes + self.log.held_bytes
+        """Bytes in memory: the request, its pictures until it has ended, state events, finished pictures, and objects."""
+        return self._fixed_bytes + self.log.held_bytes + (0 if self.ended else self.picture_bytes)
 
     # --- commands ---
 
