@@ -312,7 +312,6 @@ async def test_pictures_of_generations_under_way_count_in_their_bytes(server):
     spec = running.catalog.get("").manifest.sizes[0]
     with steps_paused(running):
         message = development(31, init_image=init, mask=mask)
-        message.disconnect.detach = True
         call = stubs.GenerationServiceStub(channel).Generate(message)
         accepted = (await call.read()).event
         caller = Caller("anyone", "default")

@@ -359,7 +359,7 @@ def test_a_configuration_that_is_not_understood_is_refused(config):
 def test_expressions_that_may_take_years_are_refused(patterns):
     """While one is matched nothing else of the process runs."""
     config = json.dumps({"alpha_pattern": dict.fromkeys(patterns, 1)})
-    with pytest.raises(AdapterFileError, match="may take too long to match|that are no names of layers"):
+    with pytest.raises(AdapterFileError, match=r"may take too long to match|that are no names of layers"):
         parse(WHOLE, config.encode())
 
 

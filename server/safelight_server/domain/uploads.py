@@ -128,7 +128,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Converts 16-bit grey to 8 bits, with the value that stands for transparency, as Pillow's own conversion does not."""
+    """Converts 16-bit grey to 8 bits, and the value that is transparent. Pillow itself clips values above 255."""
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).clip(0, 65_535)

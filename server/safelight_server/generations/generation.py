@@ -85,6 +85,7 @@ class Generation:
         owned: whether this replica decides the outcome; otherwise another replica does, and this one shows it.
         durability: REPLICATED once its record is written, else LOCAL; Accepted promises what it is then.
         journal: stores its events for other replicas; None: they are not stored.
+        picture_bytes: memory of the decoded pictures that its outputs start from or follow.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class Generation:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes in memory: the request, its pictures until it has ended, state events, finished pictures, and objects."""
+        """Bytes in memory: request, state events, finished pictures, objects, and until it has ended `picture_bytes`."""
         return self._fixed_bytes + self.log.held_bytes + (0 if self.ended else self.picture_bytes)
 
     # --- commands ---

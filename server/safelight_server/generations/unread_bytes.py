@@ -53,7 +53,7 @@ class UnreadBytes:
         if caller.tenant == self._refused:
             subject, limit = f"tenant {caller.tenant}", str(self._max_bytes)
             raise QueueFullError(
-                f"generations and unread streams of {subject} fill the server's memory for them; wait for some, or read them",
+                f"generations and unread streams of {subject} fill the memory for them; wait for some, or read them",
                 reason="TOO_MANY_UNREAD_BYTES",
                 metadata={"bound": "unread_bytes", "subject": subject, "limit": limit},
                 retry_after_s=RETRY_S,
