@@ -177,7 +177,7 @@ class Generation:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes in memory: request, state events, finished pictures, objects, and until it has ended `picture_bytes`."""
+        """Bytes in memory: request, state events, finished pictures, objects, and until its end `picture_bytes`."""
         return self._fixed_bytes + self.log.held_bytes + (0 if self.ended else self.picture_bytes)
 
     # --- commands ---
