@@ -318,6 +318,7 @@ async def test_pictures_of_generations_under_way_count_in_their_bytes(server):
         generation = await running.generations.find(caller, accepted.generation.partition("/")[2])
         assert generation.picture_bytes == spec.width_px * spec.height_px * (3 + 1)
         held = generation.held_bytes
-    await collect(call)
+    while await call.read() is not grpc.aio.EOF:
+        pass
     assert generation.ended
     assert generation.held_bytes < held + 20_000
