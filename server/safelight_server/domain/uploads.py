@@ -121,6 +121,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         image.load()
+        if image.mode in ("P", "PA") and image.palette is None:  # Pillow fails later, when it looks for a colour
+            raise ValueError("it has no palette")
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return image if turn is None else image.transpose(turn)
     except _FAULTS as error:
