@@ -432,6 +432,21 @@ async def test_what_is_no_http_is_refused(server):
         assert b" 400 " in await reader.readline()
 
 
+@pytest.mark.parametrize("beyond", [0, 1, 40_000])
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_heads_are_bounded_to_the_byte_whatever_pieces_they_come_in(server, beyond, pieces):
+    begin, end = b"GET /healthz?x HTTP/1.1\r\nhost: localhost\r\nx: ", b"\r\n\r\n"
+    head = begin + b"x" * (16_384 + beyond - len(begin) - len(end)) + end
+    cut = len(head) - 1 if pieces == 2 else len(head)
+    async with raw_connection(server) as (reader, writer):
+        writer.write(head[:cut])
+        if head[cut:]:
+            await asyncio.sleep(0.01)  # most likely another piece to the server; the answer is the same if not
+            writer.write(head[cut:])
+        async with asyncio.timeout(15):
+            assert (b" 400 " if beyond else b" 200 ") in await reader.readline()
+
+
 async def test_a_drain_delivers_what_runs_and_refuses_what_comes(server):
     async with client(server) as http, client(server) as other:
         await other.get("/healthz")  # its connection is there before

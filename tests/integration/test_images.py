@@ -16,11 +16,13 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import images_pb2, images_pb2_grpc
 from safelight_server.api.identity import new_key
+from safelight_server.domain.caller import Caller
 from safelight_server.domain.picture import scaled
 
 from tests.conftest import eventually, serving_here
 from tests.integration.test_generate import all_at_once, collect, pixels, reason_of, request
 from tests.integration.test_requests import details, fields
+from tests.support.pause import steps_paused
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 1.0, "simulated_row_ms": 0.0}
@@ -301,3 +303,22 @@ async def test_previews_keep_what_the_picture_keeps(server):
         kept = scaled(mask, width, height) == 0
         assert np.array_equal(preview[kept], scaled(photo, width, height)[kept])
         assert not np.array_equal(preview[~kept], scaled(photo, width, height)[~kept])
+
+
+async def test_pictures_of_generations_under_way_count_in_their_bytes(server):
+    """A thousand that wait with large pictures would fill the memory."""
+    running, channel = server
+    init, mask = (await upload(channel, PHOTO)).name, (await upload(channel, MASK)).name
+    spec = running.catalog.get("").manifest.sizes[0]
+    with steps_paused(running):
+        message = development(31, init_image=init, mask=mask)
+        call = stubs.GenerationServiceStub(channel).Generate(message)
+        accepted = (await call.read()).event
+        caller = Caller("anyone", "default")
+        generation = await running.generations.find(caller, accepted.generation.partition("/")[2])
+        assert generation.picture_bytes == spec.width_px * spec.height_px * (3 + 1)
+        held = generation.held_bytes
+    while await call.read() is not grpc.aio.EOF:
+        pass
+    assert generation.ended
+    assert generation.held_bytes < held + 20_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from safelight import Client
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.cli.main import main
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import UnavailableError
 
@@ -162,3 +165,21 @@ async def test_an_adapter_that_is_replaced_has_other_embeddings(models, tmp_path
         await eventually(lambda: offered() == known)
         assert np.array_equal(await drawn(3), first)
         assert not np.array_equal(first, second)
+
+
+async def test_the_list_of_models_says_what_an_adapter_changes(server, monkeypatch, capsys):
+    running = server[0]
+    async with Client(running.address) as client:
+        [model] = await client.models()
+    found = {adapter.name: list(adapter.components) for adapter in model.adapters}
+    both, text = ["denoiser", "text_encoder"], ["text_encoder"]
+    assert found == {"both": both, "other": text, "style": ["denoiser"], "word": text}
+    monkeypatch.setattr("sys.argv", ["safelight", "models", "--target", running.address])
+    with pytest.raises(SystemExit) as ended:
+        await asyncio.to_thread(main)
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert (
+        "adapters both (rank 2, changes the text encoder too), other (rank 2, changes the text encoder alone)" in said
+    )
+    assert "style (rank 2), word" in said

@@ -39,6 +39,11 @@ def safetensors(
         dtype = (types or {}).get(name) or TYPES[str(array.dtype)]
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(body), len(body) + len(data)]}
         body += data
+    return with_header(header, body)
+
+
+def with_header(header: Mapping[str, Any], body: bytes) -> bytes:
+    """The bytes of a safetensors file with this header, whatever it says."""
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 

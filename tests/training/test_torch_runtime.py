@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+import transformers
 from diffusers import EulerDiscreteScheduler
 from safelight import Accepted, Client, Picture, Preview, Progress
 from safelight_server.app.errors import StartError
@@ -221,6 +223,8 @@ async def test_exact_batches_have_another_name_and_the_bits_of_single_rows(expor
         await runtime.start()
         assert runtime.batch_tolerance("tiny") == 0
         assert "-exact-" in runtime.numerics_id("tiny")
+        libraries = (f"{module.__name__}-{module.__version__}-" for module in (torch, diffusers, transformers))
+        assert "".join(libraries) in runtime.numerics_id("tiny"), "other versions of the networks give other bits"
         assert runtime.numerics_id("tiny") != within.numerics_id("tiny")
         rows = runtime.max_rows("tiny", Component.DECODER)
         latent = np.random.default_rng(0).standard_normal((rows, *made.get("").latent_shape(*SIZES[0]))).astype("f")

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import gc
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safelight_server.catalog import adapters as module
 from safelight_server.catalog.adapter_names import diffusers_name
 from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, AdapterRoomError, packed, parse
 from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
+from safelight_server.domain.component import Component
 
-from tests.support.adapters import ROOM, TARGETS, matrices, safetensors, write_adapter
+from tests.support.adapters import (
+    ROOM,
+    TARGETS,
+    TEXT_ROOM,
+    matrices,
+    safetensors,
+    text_matrices,
+    with_header,
+    write_adapter,
+)
 from tests.support.pipelines import MANIFEST, small_pipeline
 
 FITTING = AdapterRoom.model_validate(ROOM)
@@ -79,6 +93,9 @@ def test_a_layer_that_is_not_changed_has_zeros_and_ranks_may_differ():
         ({"lora_alpha": 8, "alpha_pattern": {"to_q": 2}}, 0.5),
         ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 12}}, 3),
         ({"lora_alpha": 8, "alpha_pattern": {"other.to_q": 2}}, 2),
+        ({"lora_alpha": 8, "alpha_pattern": {"n1.to_q": 2}}, 2),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_(k|q)": 2, "to_q": 12}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_q": 12, "down.*q": 2}}, 3),
     ],
 )
 def test_alpha_scales_as_in_peft(config, scaling):
@@ -231,6 +248,14 @@ def test_half_and_bfloat16_are_read():
     assert parse(stored)["down_attn1_to_q"].down.tolist() == [[1.5, -2, 0.25, 3]]
 
 
+def entries(*offsets: tuple[int, int]) -> dict[str, object]:
+    """The entries of matrices of (1, 4) float32 that lie at these places."""
+    return {
+        f"unet.layer{at}.lora_A.weight": {"dtype": "F32", "shape": [1, 4], "data_offsets": list(place)}
+        for at, place in enumerate(offsets)
+    }
+
+
 ONE = np.ones((1, 4), np.float32)
 KERNEL = np.ones((1, 4, 3, 3), np.float32)
 KOHYA = {
@@ -266,6 +291,21 @@ REFUSED = {
     "other ranks": (safetensors(matrices(2) | {A: ONE}), "that do not go together"),
     "rank 0": (safetensors({A: np.ones((0, 4), np.float32), B: np.ones((6, 0), np.float32)}), "do not go together"),
     "integers": (safetensors({A: np.ones((1, 4), np.int64)}), "as I64; F32, F16, BF16, F64 can be read"),
+    "a number in the metadata": (
+        safetensors(matrices(2), {"lora_adapter_metadata": 5}),  # type: ignore[dict-item]
+        "is no safetensors file",
+    ),
+    "a list of metadata": (with_header({"__metadata__": [], **entries((0, 16))}, bytes(16)), "is no safetensors file"),
+    "a shape without end": (
+        with_header({A: {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 16]}}, bytes(16)),
+        "is no safetensors file",
+    ),
+    "shared bytes": (with_header(entries((0, 16), (0, 16)), bytes(16)), "is no safetensors file"),
+    "overlapping": (with_header(entries((0, 16), (8, 24)), bytes(24)), "is no safetensors file"),
+    "a hole": (with_header(entries((0, 16), (20, 36)), bytes(36)), "is no safetensors file"),
+    "bytes in front": (with_header(entries((4, 20)), bytes(20)), "is no safetensors file"),
+    "bytes behind": (with_header(entries((0, 16)), bytes(18)), "has 2 bytes behind its tensors"),
+    "a long key": (safetensors({f"unet.{'x' * 300}.lora_A.weight": ONE}), "has a key of 319 characters"),
     "NaN": (safetensors(matrices(2) | {A: np.full((2, 4), np.nan, np.float32)}), "that are not finite"),
 }
 
@@ -357,11 +397,52 @@ def test_what_is_not_understood_is_refused(kind):
 
 
 @pytest.mark.parametrize(
-    "config", [b"{", b"[]", b'{"use_dora": true}', b'{"lora_alpha": "x"}', b'{"alpha_pattern": {"(": 1}}']
+    "config",
+    [
+        b"{",
+        b"[]",
+        b'{"use_dora": true}',
+        b'{"lora_alpha": "x"}',
+        b'{"lora_alpha": 1' + b"0" * 400 + b"}",
+        b'{"lora_alpha": 1e300}',
+        b'{"lora_alpha": NaN}',
+        b'{"alpha_pattern": {"(": 1}}',
+        b'{"alpha_pattern": {"x{99999999999}": 1}}',
+        b'{"alpha_pattern": {"to_q": 1' + b"0" * 400 + b"}}",
+        b'{"alpha_pattern": [1]}',
+    ],
 )
 def test_a_configuration_that_is_not_understood_is_refused(config):
     with pytest.raises(AdapterFileError):
         parse(WHOLE, config)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["(o+)+x"],
+        ["(o|o)*x"],
+        ["o?o?o?ooox"],
+        [r"(\\+)+x"],
+        ["(o|o)" * 20],
+        ["o{1,9}o{1,9}x"],
+        ["x" * 201 + "()"],
+        [f"to_[q]{number}" for number in range(17)],
+    ],
+)
+def test_expressions_that_may_take_years_are_refused(patterns):
+    """While one is matched nothing else of the process runs."""
+    config = json.dumps({"alpha_pattern": dict.fromkeys(patterns, 1)})
+    with pytest.raises(AdapterFileError, match=r"may take too long to match|that are no names of layers"):
+        parse(WHOLE, config.encode())
+
+
+def test_each_layer_may_have_an_alpha_of_its_own():
+    """As diffusers saves them: a thousand names are no thousand expressions."""
+    named = {f"down.attn{number}.to_q": 3 for number in range(2, 1000)} | {"down.attn1.to_q": 8}
+    config = json.dumps({"lora_alpha": 1, "alpha_pattern": named}).encode()
+    plain = parse(safetensors(matrices(4)))["down_attn1_to_q"]
+    assert np.array_equal(parse(safetensors(matrices(4)), config)["down_attn1_to_q"].up, plain.up * np.float32(2))
 
 
 def library(folder: Path, max_bytes: int = 1 << 20, **rooms: AdapterRoom) -> AdapterLibrary:
@@ -490,3 +571,122 @@ def test_room_and_inputs_go_together(changes):
     inputs = {**Manifest.model_validate(MANIFEST).inputs, **changes.get("inputs", {})}
     faults = check(Manifest.model_validate(MANIFEST | changes | {"inputs": inputs}))
     assert faults == ["adapters: goes with inputs of both adapter_weights and adapter_scales"]
+
+
+HOSTILE = {
+    "number": safetensors(matrices(2), {"lora_adapter_metadata": 5}),  # type: ignore[dict-item]
+    "alpha": safetensors(matrices(2), {"lora_adapter_metadata": '{"unet.lora_alpha": 1' + "0" * 400 + "}"}),
+    "surrogate": safetensors(matrices(2) | {"\ud800\x1b[31m" + "x" * 5000: ONE}),
+    "many": safetensors({f"unet.{'x' * 90}{number}.lora_A.weight": ONE for number in range(20)}),
+    "type": safetensors(matrices(2), types={A: "F" * 100_000}),
+}
+
+
+def test_hostile_files_stop_nobody_and_say_why_in_short_and_printable_words(tmp_path):
+    for name, data in HOSTILE.items():
+        write_adapter(tmp_path, name)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(data)
+    write_adapter(tmp_path, "pixel")
+    adapters = library(tmp_path)
+    assert set(adapters.of("small")) <= {"pixel", "alpha"}
+    assert "pixel" in adapters.of("small")
+    for name in HOSTILE.keys() - adapters.of("small").keys():
+        why = adapters.misfit("small", name)
+        assert why and why.isprintable() and len(why) <= 301, name
+    write_adapter(tmp_path, "glow")
+    adapters.look()
+    assert "glow" in adapters.of("small")
+
+
+def test_an_adapter_that_could_not_be_read_is_read_again(tmp_path, monkeypatch):
+    """Its folder does not change when there are file descriptors again."""
+    write_adapter(tmp_path, "pixel")
+    read, reads = module.read_regular_file, []
+
+    def without_descriptors(path, most):
+        reads.append(path)
+        if len(reads) == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read(path, most)
+
+    monkeypatch.setattr(module, "read_regular_file", without_descriptors)
+    adapters = library(tmp_path)
+    assert adapters.misfit("small", "pixel") == "Too many open files"
+    adapters.look()
+    assert list(adapters.of("small")) == ["pixel"]
+    adapters.look()
+    assert len(reads) == 2, "what is known is not read again"
+
+
+def test_a_file_that_is_too_large_is_looked_at_once(tmp_path, monkeypatch):
+    write_adapter(tmp_path, "pixel")
+    read, reads = module.read_regular_file, []
+    monkeypatch.setattr(module, "read_regular_file", lambda *given: [reads.append(1), read(*given)][1])
+    adapters = library(tmp_path, max_bytes=100)
+    adapters.look()
+    assert "is larger than 100 bytes" in adapters.misfit("small", "pixel")
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("which", ["adapters", "pixel"])
+def test_a_folder_that_cannot_be_listed_ends_nothing(tmp_path, monkeypatch, which):
+    folder = tmp_path / "adapters"
+    for name in ("glow", "pixel"):
+        write_adapter(folder, name)
+    adapters, listed = library(folder), Path.iterdir
+
+    def denied(path):
+        if path.name == which:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    adapters.look()
+    assert list(adapters.of("small")) == ["glow", "pixel"]
+    assert AdapterLibrary(folder, {"small": FITTING}).of("small").keys() >= ({"glow"} if which == "pixel" else set())
+    monkeypatch.undo()
+    shutil.rmtree(folder)
+    adapters.look()
+    assert not adapters.of("small")
+
+
+async def test_what_is_in_memory_does_not_wait_for_the_files_of_others(tmp_path, monkeypatch):
+    for name in ("held", "slow"):
+        write_adapter(tmp_path, name, seed=len(name) + ord(name[0]))
+    adapters, pack = library(tmp_path), module.packed
+    held, slow = (adapters.of("small")[name].sha256 for name in ("held", "slow"))
+    weights = await adapters.fetch("small", "held", held)
+    going_on, begun = threading.Event(), threading.Event()
+
+    def packed_slowly(*given):
+        begun.set()
+        assert going_on.wait(30)
+        return pack(*given)
+
+    monkeypatch.setattr(module, "packed", packed_slowly)
+    try:
+        waiting = [asyncio.create_task(adapters.fetch("small", "slow", slow)) for _ in range(20)]
+        assert await asyncio.to_thread(begun.wait, 30)
+        at_once = asyncio.create_task(adapters.fetch("small", "held", held))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert at_once.done() and at_once.result() is weights
+        async with asyncio.timeout(30):
+            assert await asyncio.to_thread(int, 7) == 7, "one thread waits, not one for each request"
+    finally:
+        going_on.set()
+    [first, *others] = await asyncio.gather(*waiting)
+    assert all(other is first for other in others)
+
+
+def test_an_adapter_says_which_components_it_changes(tmp_path):
+    write_adapter(tmp_path, "plain")
+    write_adapter(tmp_path, "both", arrays=matrices(2) | text_matrices(2))
+    write_adapter(tmp_path, "text", arrays=text_matrices(2))
+    text_rooms = {"small": AdapterRoom.model_validate(TEXT_ROOM)}
+    offered = AdapterLibrary(tmp_path, {"small": FITTING}, 1 << 20, text_rooms).of("small")
+    assert {name: file.components for name, file in offered.items()} == {
+        "plain": (Component.DENOISER,),
+        "both": (Component.DENOISER, Component.TEXT_ENCODER),
+        "text": (Component.TEXT_ENCODER,),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -54,6 +55,15 @@ def test_what_it_holds_is_counted_with_what_the_client_wrote(texts: list[str], p
     events = EventLog("generations/x", Clock(), chunk_bytes=1000, max_watchers=1)
     made = Generation("x", Mock(), request, events, Clock(), UNTRACED, deadline=None, late=Mock(), on_end=Mock())
     assert made.held_bytes >= request.held_bytes
+
+
+def test_the_pictures_that_it_starts_from_count_until_it_has_ended() -> None:
+    generation = mirror(1)
+    without = generation.held_bytes
+    generation.picture_bytes = 5000
+    assert generation.held_bytes == without + 5000
+    generation.finish_time = datetime.now(UTC)
+    assert generation.held_bytes == without
 
 
 def test_what_its_outputs_came_to_here_goes_when_their_owner_has_decided() -> None:

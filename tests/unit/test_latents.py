@@ -6,6 +6,7 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
 from safelight_server.catalog.manifest import AdapterRoom, ImagePromptRoom
 from safelight_server.engine.adapters import RowAdapter
 from safelight_server.engine.latents import CleanLatent, Latents, RowControl, RowImagePrompt
@@ -380,6 +381,16 @@ def test_rows_are_those_of_their_call_also_when_an_output_ends_meanwhile():
     latents.depart(np.array([slot]))
     latents.release(slot)
     assert rows["w"].array()[0, :, 0].tolist() == [5, 5, 0, 0, 0, 0]
+
+
+def test_an_output_that_could_not_begin_leaves_nothing_in_its_slot():
+    latents = Latents(1, SHAPE, CONTEXTS, 50, PROMPTED, image_prompt_room=PROMPT_ROOM)
+    with pytest.raises(KeyError):
+        latents.claim(table(), 1, 1.0, [{}], image_prompt=image_prompt(5, 0.5))
+    slot = latents.claim(table(), 1, 1.0, [context(1)])
+    rows = arrays(latents.rows(np.array([slot]), np.zeros(1, int), np.zeros(1, int)))
+    assert not rows["t"].any()
+    assert not rows["s"].any()
 
 
 def test_the_channels_and_lines_of_a_picture_stay_in_their_order():

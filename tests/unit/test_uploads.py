@@ -37,14 +37,36 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A small PNG file whose header claims this size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b""))
+def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of these chunks, with the sums that their readers check."""
     pieces = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small PNG file whose header claims this size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return png_of((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b""))
+
+
+def without_palette() -> bytes:
+    """A PNG file of 4 x 4 pixels that are places in a palette which it lacks."""
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)
+    return png_of((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 20)), (b"IEND", b""))
+
+
+def with_sums(data: bytes) -> bytes:
+    """A damaged PNG file with the sums of its chunks made anew, so that their readers look at what is in them."""
+    made, at = bytearray(data[:8]), 8
+    while at + 12 <= len(data):
+        end = at + 8 + struct.unpack(">I", data[at : at + 4])[0]
+        if end + 4 > len(data):
+            break
+        made += data[at:end] + struct.pack(">I", zlib.crc32(data[at + 4 : end]))
+        at = end + 4
+    return bytes(made) + data[at:]
 
 
 def animation(kind: str) -> bytes:
@@ -66,6 +88,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), n
         (file_of(NOISE)[:3000], "is damaged or cut off"),
         (file_of(NOISE, "JPEG")[:1500], "is damaged or cut off"),
         (file_of(NOISE, "WEBP")[:1500], "is damaged or cut off|cannot be read as a picture"),
+        (without_palette(), "is damaged or cut off: it has no palette"),
         (bomb(10_000, 10_000), "has 10000x10000 pixels; it must have at most 1048576"),
         (bomb(1, (1 << 20) + 1), "has 1x1048577 pixels"),
         (bomb(2**31 - 1, 2**31 - 1), "cannot be read as a picture|it must have at most"),
@@ -81,11 +104,19 @@ def test_what_cannot_be_used_says_why(data, why):
 
 @given(data=st.data())
 def test_a_damaged_file_is_a_picture_or_an_error_of_ours(data):
-    file = bytearray(file_of(quarters(), data.draw(st.sampled_from(["PNG", "JPEG", "WEBP"]))))
+    kind, mode = data.draw(
+        st.sampled_from([("PNG", "RGB"), ("JPEG", "RGB"), ("WEBP", "RGB"), ("PNG", "P"), ("PNG", "LA")])
+    )
+    file = bytearray(file_of(quarters(mode), kind))
     for _ in range(data.draw(st.integers(1, 6))):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    damaged = with_sums(bytes(file)) if kind == "PNG" and data.draw(st.booleans()) else bytes(file)
     try:
-        pixels = decode_picture(bytes(file), WHOLE, 16, 16)
+        check_picture(damaged, WHOLE)
+    except PictureFileError:
+        return
+    try:  # what an upload was accepted for is decoded later
+        pixels = decode_picture(damaged, WHOLE, 16, 16)
     except PictureFileError:
         return
     assert pixels.shape == (16, 16, 3)
@@ -156,6 +187,21 @@ def test_grey_of_16_bits_is_scaled_and_not_cut_off():
     ramp = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
     pixels = decode_picture(file_of(Image.fromarray(ramp)), WHOLE, 16, 16)
     assert np.abs(pixels[..., 0].astype(int) - ramp / 257).max() <= 1
+
+
+@pytest.mark.parametrize("clear", [0, 257 * 40, 65_535])
+def test_grey_of_16_bits_may_have_a_value_that_is_transparent(clear):
+    """A value beside it that becomes the same grey of 8 bits is opaque."""
+    values = np.full((16, 16), 257 * 90, np.uint16)
+    values[:8] = clear
+    values[:, :8] = clear + (1 if clear < 65_535 else -1)
+    data = file_of(Image.fromarray(values), transparency=clear)
+    assert Image.open(io.BytesIO(data)).mode.startswith("I"), "Pillow has read it as grey of 16 bits"
+    wanted = np.zeros((16, 16), np.uint8)
+    wanted[:8, 8:] = 255
+    assert np.array_equal(decode_mask(data, WHOLE, 16, 16), wanted)
+    assert (decode_picture(data, WHOLE, 16, 16)[:8, 8:] == 255).all()
+    assert (decode_picture(data, WHOLE, 16, 16)[8:, 8:] == 90).all()
 
 
 def test_cmyk_becomes_colours():

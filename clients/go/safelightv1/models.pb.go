@@ -635,7 +635,10 @@ type AdapterInfo struct {
 	Sha256 string `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	// Its rank. The model bounds the sum of the ranks of a request's adapters. A
 	// request beyond that is refused, and the error names the bound.
-	Rank          int32 `protobuf:"varint,3,opt,name=rank,proto3" json:"rank,omitempty"`
+	Rank int32 `protobuf:"varint,3,opt,name=rank,proto3" json:"rank,omitempty"`
+	// The components that it changes: "denoiser", "text_encoder". If it changes
+	// the text encoder, the prompts are encoded anew for it.
+	Components    []string `protobuf:"bytes,4,rep,name=components,proto3" json:"components,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -689,6 +692,13 @@ func (x *AdapterInfo) GetRank() int32 {
 		return x.Rank
 	}
 	return 0
+}
+
+func (x *AdapterInfo) GetComponents() []string {
+	if x != nil {
+		return x.Components
+	}
+	return nil
 }
 
 // A picture size.
@@ -1107,11 +1117,14 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\bcontrols\x18\x13 \x03(\v2\x19.safelight.v1.ControlInfoR\bcontrols\x12!\n" +
 	"\fimage_prompt\x18\x14 \x01(\bR\vimagePrompt\"!\n" +
 	"\vControlInfo\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"M\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"m\n" +
 	"\vAdapterInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\tR\x06sha256\x12\x12\n" +
-	"\x04rank\x18\x03 \x01(\x05R\x04rank\">\n" +
+	"\x04rank\x18\x03 \x01(\x05R\x04rank\x12\x1e\n" +
+	"\n" +
+	"components\x18\x04 \x03(\tR\n" +
+	"components\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
 	"\theight_px\x18\x02 \x01(\x05R\bheightPx\"\xa3\x01\n" +

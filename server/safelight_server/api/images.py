@@ -29,6 +29,7 @@ from safelight_server.domain.errors import (
 )
 from safelight_server.domain.uploads import PictureFile, PictureFileError, check_picture, has_alpha
 from safelight_server.storage.base import StoreError
+from safelight_server.threads import OneAtATime
 from safelight_server.validation import check_upload, resolve_image
 
 UPLOAD_S = 120.0
@@ -99,9 +100,8 @@ class ImageCalls:
         self.room = room
         self.max_bytes = max_bytes
         self._images = images
-        self._pool = pool
         self._max_pixels = max_pixels
-        self._one_at_a_time = asyncio.Semaphore(1)  # a large picture takes much memory while it is decoded
+        self._decoding = OneAtATime(pool)  # a large picture takes much memory while it is decoded
 
     async def upload_image(
         self, pieces: AsyncIterator[images_pb2.UploadImageRequest], caller: Caller
@@ -140,9 +140,7 @@ class ImageCalls:
     async def _keep(
         self, caller: Caller, data: bytes, check: Callable[[bytes, int], tuple[str, PictureFile]]
     ) -> images_pb2.Image:
-        async with self._one_at_a_time:
-            loop = asyncio.get_running_loop()
-            digest, facts = await loop.run_in_executor(self._pool, check, data, self._max_pixels)
+        digest, facts = await self._decoding.run(caller.tenant, check, data, self._max_pixels)
         return wire.image_message(await self._images.put(caller.tenant, digest, data, facts))
 
     async def get_image(self, request: images_pb2.GetImageRequest, caller: Caller) -> images_pb2.GetImageResponse:

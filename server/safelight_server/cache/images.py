@@ -95,6 +95,7 @@ class Images:
         Raises:
             StoreError: a tier that all replicas share failed, and may have the picture.
         """
+        deletions = self._tiers.num_deletions
         found = await self._tiers.get(self._key(tenant, digest), sure=True)
         if found is None:
             return None
@@ -102,7 +103,8 @@ class Images:
         if use:
             if (taken := self._sizes_by_tenant.get(tenant)) is not None and digest in taken:
                 taken.move_to_end(digest)
-            if image.expires_at - self._tiers.now() < self._ttl_s / 2:
+            old = image.expires_at - self._tiers.now() < self._ttl_s / 2
+            if old and self._tiers.undisturbed(deletions):  # else what a purge has just deleted would be written again
                 image = UploadedImage(digest, image.facts, image.data, self._tiers.now() + self._ttl_s)
                 with contextlib.suppress(UnavailableError):  # then its time is not extended, but it is there now
                     await self._write(tenant, image)

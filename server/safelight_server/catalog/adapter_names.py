@@ -42,6 +42,18 @@ X_LABS = {
 """What X-Labs' trainer for FLUX changes, and the layers of FLUX's authors; `qkv` is a part of `linear1`."""
 EARLY_TEXT = re.compile(r"\.to_(q|k|v|out)$")
 """How early versions of diffusers named the attention's layers of a text encoder, as if it were a UNet."""
+OTHER_KINDS = {
+    ".lora_mid.": "a CP decomposition (LoCon with use_cp or use_tucker)",
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+    ".diff_b": "an adapter that changes biases",
+    ".bias": "an adapter that changes biases",
+    "bundle_emb": "an embedding (textual inversion) beside the adapter",
+}
+"""Adapters that are no plain LoRA, by what is in their keys; for messages."""
 
 
 def plain_name(layer: str) -> str:

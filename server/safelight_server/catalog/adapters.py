@@ -10,6 +10,8 @@ never skipped: the adapter is refused by its name.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -17,7 +19,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,30 @@ import numpy as np
 import structlog
 
 from safelight_server.catalog import original_names, safetensors
-from safelight_server.catalog.adapter_names import diffusers_name, plain_key, plain_name, text_layer_name
+from safelight_server.catalog.adapter_alphas import AlphaError, Alphas
+from safelight_server.catalog.adapter_names import (
+    OTHER_KINDS,
+    diffusers_name,
+    plain_key,
+    plain_name,
+    text_layer_name,
+)
 from safelight_server.catalog.manifest import AdapterRoom, AdapterTarget
 from safelight_server.catalog.safetensors import SafetensorsError
+from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.files import LOOK_EVERY_S, read_regular_file
+from safelight_server.threads import OneAtATime
 
 log = structlog.get_logger(__name__)
 
 MAX_ADAPTERS = 256
 """Adapters of the folder that are offered: those first by name."""
 MAX_CONFIG_BYTES = 1 << 20
+MAX_KEY_CHARS = 256  # of the name of a tensor; those that are known have at most half as many
+MAX_REASON_CHARS = 300
+LASTING = (errno.EFBIG, errno.EINVAL)
+"""Errors of `read_regular_file` that say what a file is. After others it is read again, though it has not changed."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PART = re.compile(
     r"(?P<layer>.+?)(\.lora_(?P<half>[AB])(\.default)?|(\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<side>down|up))\.weight"
@@ -54,18 +69,6 @@ TEXT_KEY = re.compile(
 or not."""
 COMFY_NUMBERS = {"clip_l": "1", "clip_g": "2", "t5xxl": "3"}
 TEXT_ENCODER = "text_encoder"
-OTHER_KINDS = {
-    ".lora_mid.": "a CP decomposition (LoCon with use_cp or use_tucker)",
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".oft_": "OFT",
-    ".diff_b": "an adapter that changes biases",
-    ".bias": "an adapter that changes biases",
-    "bundle_emb": "an embedding (textual inversion) beside the adapter",
-}
-"""Adapters that are no plain LoRA, by what is in their keys; for messages."""
 WHOLE = (".diff", ".diff_b")
 """How keys end of what is added to a weight or a bias as a whole. Some files have zeros there, which add nothing."""
 
@@ -126,6 +129,12 @@ class AdapterFile:
         """Whether it changes a text encoder."""
         return any(map(is_of_text, self.shapes))
 
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The components that it changes."""
+        of_text = (Component.TEXT_ENCODER,) if self.changes_text else ()
+        return of_text if all(map(is_of_text, self.shapes)) else (Component.DENOISER, *of_text)
+
     def misfit(self, room: AdapterRoom, text_room: AdapterRoom | None = None) -> str:
         """Why it does not fit into a denoiser's room, and that of the text encoders; empty where it does."""
         if text_room is None and (of_text := next(filter(is_of_text, self.shapes), None)) is not None:
@@ -178,6 +187,8 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
     halves: dict[str, dict[str, FloatArray]] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
+        if len(key) > MAX_KEY_CHARS:
+            raise AdapterFileError(f"has a key of {len(key)} characters, which is not understood")
         if key.endswith(".alpha") and tensor.size == 1:
             alphas[_layer(key.removesuffix(".alpha"))] = float(tensor.reshape(()))
             continue
@@ -197,30 +208,34 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
         raise AdapterFileError("has no layers")
     if len(halves) > len({plain_name(layer) for layer in halves}):
         raise AdapterFileError("has a layer under two names")
+    networks = {_network(layer) for layer in halves}
+    try:
+        of_networks = {at: Alphas(settings if config else _saved_config(settings, at)) for at in networks}
+    except AlphaError as error:
+        raise AdapterFileError(str(error)) from None
     made = {}
     for layer, half in halves.items():
-        own = settings if config else _saved_config(settings, layer)
-        made[plain_name(layer)] = _low_rank(layer, half, alphas.get(layer), own)
+        made[plain_name(layer)] = _low_rank(layer, half, alphas.get(layer), of_networks[_network(layer)])
     made = _as_in_diffusers(made)
     # Layers of zeros change nothing in any model: files have some for T5, which then need no room.
     return {name: layer for name, layer in made.items() if layer.up.any() and layer.down.any()} or made
 
 
-def _low_rank(
-    layer: str, halves: Mapping[str, FloatArray], alpha: float | None, settings: Mapping[str, Any]
-) -> LowRankLayer:
+def _low_rank(layer: str, halves: Mapping[str, FloatArray], alpha: float | None, alphas: Alphas) -> LowRankLayer:
     if halves.keys() != {"down", "up"} or not _go_together(halves["down"], halves["up"]):
         raise AdapterFileError(f"has matrices of {layer} that do not go together")
     down, up = halves["down"], halves["up"]
     rank, edge = len(down), 1 if down.ndim == 2 else down.shape[3]
     if alpha is None:
-        alpha = _alpha(layer, settings)
-    scaling = 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    if not math.isfinite(scaling):
-        raise AdapterFileError(f"has an alpha of {layer} that is not finite")
+        alpha = alphas.of(_trained_names(layer))
+    scaling = 1.0 if alpha is None else alpha / (math.sqrt(rank) if alphas.use_rslora else rank)
+    with np.errstate(over="ignore", invalid="ignore"):
+        up = up.reshape(-1, rank) * np.float32(scaling)
+    if not np.isfinite(up).all():
+        raise AdapterFileError(f"has an alpha of {layer} with which its numbers are not finite")
     if down.ndim == 4:
         down = down.transpose(0, 2, 3, 1)
-    return LowRankLayer(down.reshape(rank, -1), up.reshape(-1, rank) * np.float32(scaling), edge)
+    return LowRankLayer(down.reshape(rank, -1), up, edge)
 
 
 def _go_together(down: FloatArray, up: FloatArray) -> bool:
@@ -264,20 +279,6 @@ def _layer(key: str) -> str:
     return diffusers_name(key)
 
 
-def _alpha(layer: str, settings: Mapping[str, Any]) -> float | None:
-    """peft's alpha of a layer: that of the first pattern that ends its name, else that of all; None: it says none."""
-    if settings.get("use_dora"):
-        raise AdapterFileError("is a DoRA, whose magnitudes this server does not know")
-    try:
-        for pattern, alpha in settings.get("alpha_pattern", {}).items():
-            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in _trained_names(layer)):
-                return float(alpha)
-        found = settings.get("lora_alpha")
-        return None if found is None else float(found)
-    except (TypeError, ValueError, AttributeError, re.error):
-        raise AdapterFileError("has a configuration with a malformed alpha") from None
-
-
 def _trained_names(layer: str) -> list[str]:
     """What a layer may have been called in the network that was trained: a text encoder has `text_model`, or not."""
     if not is_of_text(layer):
@@ -286,9 +287,14 @@ def _trained_names(layer: str) -> list[str]:
     return [name, name.removeprefix("text_model.")]
 
 
-def _saved_config(saved: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    """peft's configuration of the network that has the layer, of those that diffusers puts into the file itself."""
-    prefixes = (f"{layer.partition('.')[0]}.",) if is_of_text(layer) else DENOISERS
+def _network(layer: str) -> str:
+    """The text encoder that has a layer; "" for the denoiser."""
+    return layer.partition(".")[0] if is_of_text(layer) else ""
+
+
+def _saved_config(saved: Mapping[str, Any], network: str) -> dict[str, Any]:
+    """peft's configuration of a network, of those that diffusers puts into the file itself."""
+    prefixes = (f"{network}.",) if network else DENOISERS
     return {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(prefixes)}
 
 
@@ -334,7 +340,10 @@ class AdapterLibrary:
         self._num_there = 0
         self._offered: dict[str, dict[str, AdapterFile]] = {}
         self._misfits: dict[str, dict[str, str]] = {}
+        self._one_at_a_time = OneAtATime()
         self._loading = threading.Lock()
+        self._counting = threading.Lock()  # held for moments alone, unlike `_loading`
+        self._unreadable = ""
         self._kept: OrderedDict[tuple[str, str], FloatArray] = OrderedDict()
         self._alive: weakref.WeakValueDictionary[tuple[str, str], FloatArray] = weakref.WeakValueDictionary()
         self.look()
@@ -357,8 +366,7 @@ class AdapterLibrary:
         """Reads what is new in the folder. May block."""
         if self._folder is None or not self._rooms:
             return
-        files = dict(self._look())
-        if files == self._files:
+        if (files := self._look()) is None or files == self._files:
             return
         offered: dict[str, dict[str, AdapterFile]] = {model: {} for model in self._rooms}
         misfits: dict[str, dict[str, str]] = {model: {} for model in self._rooms}
@@ -366,7 +374,7 @@ class AdapterLibrary:
             for model in self._rooms:
                 why = found if isinstance(found, str) else self._misfit(found, model)
                 if isinstance(found, str) or why:
-                    misfits[model][path.name] = why
+                    misfits[model][path.name] = _shown(why)
                 else:
                     offered[model][path.name] = found
             if files[path] != self._files.get(path):
@@ -395,31 +403,40 @@ class AdapterLibrary:
     ) -> None:
         models = [model for model, there in offered.items() if name in there]
         if models and isinstance(found, AdapterFile):
-            facts = {"rank": found.rank, "changes_text": found.changes_text, "sha256": found.sha256}
+            facts = {"rank": found.rank, "components": found.components, "sha256": found.sha256}
             log.info("adapter_offered", adapter=name, models=models, **facts)
         else:
             log.warning("adapter_not_offered", adapter=name, reasons={at: why[name] for at, why in misfits.items()})
 
-    def _look(self) -> Iterator[tuple[Path, tuple[object, AdapterFile | str]]]:
+    def _look(self) -> dict[Path, tuple[object, AdapterFile | str]] | None:
+        """What is in the folder; None: it cannot be read now, and what was there before stays."""
         assert self._folder is not None
         try:
             folders = sorted(path for path in self._folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
-        except OSError:
-            return
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            if self._unreadable != (why := str(error.strerror)):
+                log.error("adapters_unreadable", folder=str(self._folder), error=why)
+            self._unreadable = why
+            return None
+        self._unreadable = ""
         if len(folders) > MAX_ADAPTERS and len(folders) != self._num_there:
             log.warning("too_many_adapters", folder=str(self._folder), offered=MAX_ADAPTERS, there=len(folders))
         self._num_there = len(folders)
-        for path in folders[:MAX_ADAPTERS]:
-            stamp = _stamp(path)
-            known = self._files.get(path)
-            if known is not None and known[0] == stamp:
-                yield path, known
-                continue
-            try:
-                found: AdapterFile | str = self._read_facts(path)
-            except (AdapterFileError, OSError) as error:
-                found = str(error.strerror if isinstance(error, OSError) else error)
-            yield path, (stamp, found)
+        return {path: self._found(path) for path in folders[:MAX_ADAPTERS]}
+
+    def _found(self, path: Path) -> tuple[object, AdapterFile | str]:
+        """The stamp of an adapter's folder, and what is in it or why it cannot be used."""
+        stamp, known = _stamp(path), self._files.get(path)
+        if known is not None and stamp is not None and known[0] == stamp:
+            return known
+        try:
+            return stamp, self._read_facts(path)
+        except AdapterFileError as error:
+            return stamp, str(error)
+        except OSError as error:
+            return stamp if error.errno in LASTING else None, str(error.strerror)
 
     def _read_facts(self, path: Path) -> AdapterFile:
         data, config = self._read(path)
@@ -434,6 +451,12 @@ class AdapterLibrary:
         settings = read_regular_file(config, MAX_CONFIG_BYTES) if config.exists() else b""
         return read_regular_file(weights[0], self._max_bytes), settings
 
+    async def fetch(self, model: str, name: str, sha256: str) -> FloatArray:
+        """Like `weights`, in a thread where a file has to be read. What is in memory waits for no file of others."""
+        if (known := self._held(model, sha256)) is None:
+            known = await self._one_at_a_time.run(model, self.weights, model, name, sha256)
+        return known
+
     def weights(self, model: str, name: str, sha256: str) -> FloatArray:
         """The weights of an adapter for a model, (r, Q) float32. May block: it reads a file.
 
@@ -444,13 +467,19 @@ class AdapterLibrary:
             AdapterFileError: it is not there any more, or its file is another now.
             AdapterRoomError: there is no memory for it beside those in use.
         """
-        key = model, sha256
         with self._loading:
-            if (known := self._alive.get(key)) is None:
+            if (known := self._held(model, sha256)) is None:
                 known = self._load(model, name, sha256)
-                self._alive[key] = known
-            self._kept[key] = known
-            self._kept.move_to_end(key)
+                with self._counting:
+                    self._alive[model, sha256] = self._kept[model, sha256] = known
+            return known
+
+    def _held(self, model: str, sha256: str) -> FloatArray | None:
+        key = model, sha256
+        with self._counting:
+            if (known := self._alive.get(key)) is not None:
+                self._kept[key] = known
+                self._kept.move_to_end(key)
             return known
 
     def _load(self, model: str, name: str, sha256: str) -> FloatArray:
@@ -458,7 +487,8 @@ class AdapterLibrary:
         if file is None or file.sha256 != sha256:
             raise AdapterFileError("is not there any more, or its file is another now")
         room = self._room(file, model)
-        self._make_room(4 * file.rank * room.width)
+        with self._counting:
+            self._make_room(4 * file.rank * room.width)
         try:
             data, config = self._read(file.path)
         except OSError as error:
@@ -475,15 +505,23 @@ class AdapterLibrary:
 
 
 def _stamp(path: Path) -> object:
-    """What changes when a file in a folder is written, replaced or removed."""
+    """What changes when a file in a folder is written, replaced or removed; None: it cannot be seen now."""
     found = []
-    for file in sorted(path.iterdir()) if path.is_dir() else ():
-        try:
+    try:
+        files = sorted(path.iterdir())
+    except OSError:
+        return None
+    for file in files:
+        with contextlib.suppress(OSError):  # removed since, or a link that leads nowhere
             status = file.stat()
-        except OSError:
-            continue
-        found.append((file.name, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
+            found.append((file.name, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
     return found
+
+
+def _shown(why: str) -> str:
+    """A reason with names that come from a file, for logs and clients: printable, and of bounded length."""
+    plain = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in why[:MAX_REASON_CHARS])
+    return plain if len(why) <= MAX_REASON_CHARS else f"{plain}…"
 
 
 def _sha256(data: bytes, config: bytes) -> str:

@@ -1,6 +1,8 @@
 """Reads the safetensors format: a header in JSON with types, shapes and offsets, then the bytes of all tensors.
 
-Without torch, and with bfloat16, which numpy does not have (record 0032).
+Without torch, and with bfloat16, which numpy does not have (record 0032). Files come
+from the Internet: what the format excludes is refused, so that a small file cannot
+take much memory, and no byte is without a meaning.
 """
 
 from __future__ import annotations
@@ -35,11 +37,39 @@ def parse(data: bytes) -> tuple[dict[str, FloatArray], dict[str, str]]:
         raise SafetensorsError("is no safetensors file")
     try:
         header: dict[str, Any] = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
-        metadata = header.pop("__metadata__", {})
+        metadata = _metadata(header.pop("__metadata__", {}))
         body = memoryview(data)[LENGTH_BYTES + length :]
-        return {name: _tensor(name, entry, body) for name, entry in header.items()}, dict(metadata)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        _check_places(header, len(body))
+        return {name: _tensor(name, entry, body) for name, entry in header.items()}, metadata
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise SafetensorsError("is no safetensors file") from None
+
+
+def _metadata(given: Mapping[str, Any]) -> dict[str, str]:
+    """Raises ValueError where a value is no text: the format has texts alone."""
+    if not all(isinstance(value, str) for value in given.values()):
+        raise ValueError("metadata")
+    return dict(given)
+
+
+def _check_places(header: Mapping[str, Mapping[str, Any]], num_bytes: int) -> None:
+    """Checks that the tensors lie one behind the other and are all that there is, as the format demands.
+
+    Otherwise many tensors could share their bytes, and each would take memory of its own.
+
+    Raises:
+        SafetensorsError: there are more or fewer bytes than those of the tensors.
+        ValueError: a tensor begins elsewhere than where the one before it ends.
+    """
+    at = 0
+    for begin, end in sorted(entry["data_offsets"] for entry in header.values()):
+        if begin != at:
+            raise ValueError("data_offsets")
+        at = end
+    if at > num_bytes:
+        raise SafetensorsError(f"is cut off: {at - num_bytes} bytes are missing")
+    if at < num_bytes:
+        raise SafetensorsError(f"has {num_bytes - at} bytes behind its tensors")
 
 
 def _tensor(name: str, entry: Mapping[str, Any], body: memoryview) -> FloatArray:
@@ -49,8 +79,6 @@ def _tensor(name: str, entry: Mapping[str, Any], body: memoryview) -> FloatArray
     stored = np.dtype(TYPES[dtype])
     if not 0 <= begin <= end or min(shape, default=0) < 0 or end - begin != math.prod(shape) * stored.itemsize:
         raise ValueError(name)
-    if end > len(body):
-        raise SafetensorsError(f"is cut off: {end - len(body)} bytes of {name} are missing")
     values: npt.NDArray[Any] = np.frombuffer(body[begin:end], stored).reshape(shape)
     if dtype == "BF16":  # the upper half of a float32
         return (values.astype(np.uint32) << 16).view(np.float32)

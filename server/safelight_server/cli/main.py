@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -230,7 +230,7 @@ def models(
                 console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
                 console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
                 if model.adapters:
-                    named = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in model.adapters)
+                    named = ", ".join(_about_adapter(at.name, at.rank, at.components) for at in model.adapters)
                     console.print(f"    adapters {named}", highlight=False, soft_wrap=True, markup=False)
                 if model.controls:
                     named = ", ".join(control.name for control in model.controls)
@@ -345,6 +345,11 @@ def main() -> None:
         _die(str(error), error.exit_code)
     except _expected_errors() as error:
         _die(str(error), 2)
+
+
+def _about_adapter(name: str, rank: int, components: Sequence[str]) -> str:
+    where = ", changes the text encoder" + (" too" if "denoiser" in components else " alone")
+    return f"{name} (rank {rank}{where if 'text_encoder' in components else ''})"
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

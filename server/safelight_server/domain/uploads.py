@@ -121,6 +121,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         image.load()
+        if image.mode in ("P", "PA") and image.palette is None:  # Pillow fails later, when it looks for a colour
+            raise ValueError("it has no palette")
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return image if turn is None else image.transpose(turn)
     except _FAULTS as error:
@@ -128,10 +130,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Converts 16-bit grey to 8 bits: Pillow's own conversion clips values above 255."""
+    """Converts 16-bit grey to 8 bits, and the value that is transparent. Pillow itself clips values above 255."""
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).clip(0, 65_535).astype(np.uint32) * 255 // 65_535).astype(np.uint8))
+    values = np.asarray(image).clip(0, 65_535)
+    grey = Image.fromarray((values.astype(np.uint32) * 255 // 65_535).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -254,6 +254,7 @@ class Latents:
         self._controls[slot] = [(control, _planes(control.pixels)) for control in controls]
         self._control_versions[slot] = next(VERSIONS) if controls else 0
         self._image_prompt_versions[first : first + 2] = 0
+        self._image_prompts.pop(slot, None)  # of an output that failed to begin here
         if image_prompt is not None:
             self._image_prompts[slot] = image_prompt
             self._image_prompt_versions[first : first + 2] = next(VERSIONS), next(VERSIONS)

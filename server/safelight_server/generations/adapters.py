@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from safelight_server.catalog.adapters import AdapterFileError, AdapterRoomError
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.domain.errors import FieldViolation, NotFoundError, UnavailableError
@@ -25,7 +23,7 @@ async def load_adapters(catalog: Catalog, spec: Spec) -> tuple[RowAdapter, ...]:
     width = 0 if room is None else room.width  # none: another replica has accepted it, and no adapter is found below
     for adapter in spec.adapters:
         try:
-            weights = await asyncio.to_thread(catalog.adapters.weights, spec.model, adapter.name, adapter.sha256)
+            weights = await catalog.adapters.fetch(spec.model, adapter.name, adapter.sha256)
         except AdapterFileError as error:
             what = f"the adapter {adapter.name} {error}; ListModels shows those that there are"
             violation = FieldViolation("spec.adapters", what)

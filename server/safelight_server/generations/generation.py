@@ -85,6 +85,7 @@ class Generation:
         owned: whether this replica decides the outcome; otherwise another replica does, and this one shows it.
         durability: REPLICATED once its record is written, else LOCAL; Accepted promises what it is then.
         journal: stores its events for other replicas; None: they are not stored.
+        picture_bytes: memory of the decoded pictures that its outputs start from or follow.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Generation:
         self.origins: tuple[Origin | None, ...] = ()
         self.numerics_id = ""
         self.outputs = [Output(self, index, seed, clock) for index, seed in enumerate(request.spec.seeds)]
+        self.picture_bytes = 0
         self._fixed_bytes = GENERATION_BYTES + OUTPUT_BYTES * len(self.outputs) + request.held_bytes
         self._clock = clock
         self.stage = stage
@@ -175,8 +177,8 @@ class Generation:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes in memory: the request, state events, finished pictures, and objects of fixed size."""
-        return self._fixed_bytes + self.log.held_bytes
+        """Bytes in memory: request, state events, finished pictures, objects, and until its end `picture_bytes`."""
+        return self._fixed_bytes + self.log.held_bytes + (0 if self.ended else self.picture_bytes)
 
     # --- commands ---
 

@@ -35,6 +35,10 @@ from safelight_server.domain.uploads import (
 from safelight_server.engine.jobs import ImagePrompt, InitImage
 from safelight_server.engine.latents import RowControl
 from safelight_server.generations.generation import Generation
+from safelight_server.threads import FairTurns, OneAtATime
+
+MOST_READ = 4
+"""Files of pictures in memory at once, for generations that are about to begin."""
 
 
 class InitImages:
@@ -49,7 +53,8 @@ class InitImages:
         self._images = images
         self._pool = pool
         self._max_pixels = max_pixels
-        self._one_at_a_time = asyncio.Semaphore(1)
+        self._reading = FairTurns(MOST_READ)
+        self._decoding = OneAtATime(pool)
 
     async def load(self, tenant: str, spec: Spec, *, needs_mask: bool = False) -> InitImage | None:
         """The init image of a spec with its mask; None: the spec starts from noise.
@@ -104,8 +109,10 @@ class InitImages:
         Raises:
             NotFoundError, InvalidRequestError, StoreError: as `load`.
         """
-        if not spec.image_prompt or room is None:
+        if not spec.image_prompt:
             return None
+        if room is None:  # it was accepted by a replica with another revision
+            raise InvalidRequestError([FieldViolation("spec.image_prompt", "the model takes no image prompt")])
         field = f"spec.{IMAGE_PROMPT_FIELD}"
         pixels = await self._decoded(tenant, spec.image_prompt, field, decode_image_prompt, room.edge_px)
         return ImagePrompt(spec.image_prompt, pixels, spec.image_prompt_scale)
@@ -164,15 +171,14 @@ class InitImages:
         return digest
 
     async def _decoded(self, tenant: str, digest: str, field: str, decode: Callable[..., Pixels], *size: int) -> Pixels:
-        found = await self._images.get(tenant, digest, use=True)
-        if found is None:
-            raise image_not_found(digest, field)
-        given = found.data, self._max_pixels, *size
-        try:
-            async with self._one_at_a_time:
-                return await asyncio.get_running_loop().run_in_executor(self._pool, decode, *given)
-        except PictureFileError as error:
-            raise InvalidRequestError([FieldViolation(field, str(error))]) from None
+        async with self._reading.turn(tenant):  # before its file is read: as many as wait would be in memory
+            found = await self._images.get(tenant, digest, use=True)
+            if found is None:
+                raise image_not_found(digest, field)
+            try:
+                return await self._decoding.run(tenant, decode, found.data, self._max_pixels, *size)
+            except PictureFileError as error:
+                raise InvalidRequestError([FieldViolation(field, str(error))]) from None
 
 
 def image_not_found(digest: str, field: str) -> NotFoundError:

@@ -295,6 +295,7 @@ class Planner:
         estimate_s = self._admit(generation, list(new.values()), time_left_s) if new else 0.0
         for execution in new.values():
             self._executions.publish(execution)
+        generation.picture_bytes = _picture_bytes(plans) if new else 0
         generation.accept(self.numerics_id(generation), estimate_s, sources, self.batch_tolerance(generation))
 
     # --- taking over from another replica ---
@@ -344,6 +345,7 @@ class Planner:
 
         An output whose latent is gone begins from noise and is a MISS, unless it is a branch, which fails.
         """
+        generation.picture_bytes = _picture_bytes(plans)
         for output, plan in zip(generation.outputs, plans, strict=True):
             missing = plan.gone or plan.fault is not None
             if not output.idle or (missing and not generation.owned):  # its owner may have what is missing here
@@ -450,6 +452,19 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         controls=plan.controls,
         image_prompt=plan.image_prompt,
     )
+
+
+def _picture_bytes(plans: Sequence[OutputPlan]) -> int:
+    """The memory of the pictures that a generation starts from or follows, which its outputs share."""
+    if not plans:
+        return 0
+    plan = plans[0]
+    arrays = [control.pixels for control in plan.controls]
+    if plan.image is not None:
+        arrays += [plan.image.pixels, *([] if plan.image.mask is None else [plan.image.mask])]
+    if plan.image_prompt is not None:
+        arrays.append(plan.image_prompt.pixels)
+    return sum(array.nbytes for array in arrays)
 
 
 def _origin(disposition: Disposition, kept: CachedPicture, similarity: float = 0.0) -> Origin:

@@ -1,4 +1,5 @@
-"""Bounds the memory of what clients have not read yet: pictures of running or watched generations, and messages.
+"""Bounds the memory of what is under way: pictures of unfinished or watched generations, those that they start from,
+and messages that clients have not read yet.
 
 Finished generations that nobody watches have a bound of their own (`finished.py`).
 When the bound here is exceeded, the tenant that holds most (`tenant_shares.py`)
@@ -52,7 +53,7 @@ class UnreadBytes:
         if caller.tenant == self._refused:
             subject, limit = f"tenant {caller.tenant}", str(self._max_bytes)
             raise QueueFullError(
-                f"unread streams of {subject} fill the server's memory for unread data; read or close some of them",
+                f"generations and unread streams of {subject} fill the memory for them; wait for some, or read them",
                 reason="TOO_MANY_UNREAD_BYTES",
                 metadata={"bound": "unread_bytes", "subject": subject, "limit": limit},
                 retry_after_s=RETRY_S,

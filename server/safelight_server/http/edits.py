@@ -63,7 +63,7 @@ class EditReader:
         origin, own = call.request.headers.get("origin"), call.request.headers.get("host", "")
         if origin is None or origin in self._cors_origins or "*" in self._cors_origins:
             return
-        if urlsplit(origin).netloc != own:
+        if _host(origin) != own:
             what = f"pages of {origin[:256]} may not send forms here; the operator can allow it by http_cors_origins"
             raise HTTPException(403, what, CLOSE)
 
@@ -102,3 +102,11 @@ class ImageEdits:
                 raise InvalidRequestError([FieldViolation("mask", what)])
             message.spec.mask = mask.name
         return edit.parameters, message, ImageAnswer(edit.parameters, pipeline, EDIT)
+
+
+def _host(origin: str) -> str | None:
+    """The host of an origin with its port; None: it is malformed."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None

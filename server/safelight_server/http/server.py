@@ -15,9 +15,12 @@ import ssl
 from dataclasses import dataclass
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+
+from safelight_server.http.errors import refusal_response
 
 HEAD_S = 10.0
 """How long a client may take for the headers of a request, and for the handshake of TLS."""
@@ -102,6 +105,30 @@ class BoundedProtocol(H11Protocol):
             self._stall_timer = None
 
 
+class BoundedHead:
+    """ASGI middleware that refuses requests whose request line and headers have more than `MAX_HEAD_BYTES`.
+
+    h11 looks at the size of a head that is not complete yet, and lets any pass that comes in one piece.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (num_bytes := _num_head_bytes(scope)) > MAX_HEAD_BYTES:
+            what = f"the request line and the headers have {num_bytes} bytes; at most {MAX_HEAD_BYTES} are taken"
+            await refusal_response(HTTPException(400, what, {"connection": "close"}))(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _num_head_bytes(scope: Scope) -> int:
+    """The bytes of a head as clients write it: "METHOD TARGET HTTP/1.1", then "name: value" of each header."""
+    target = len(scope["raw_path"]) + (len(scope["query_string"]) + 1 if scope["query_string"] else 0)
+    line = len(scope["method"]) + target + len("  HTTP/1.1\r\n")
+    return line + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"]) + len("\r\n")
+
+
 class HttpServer:
     """Serves an ASGI application on a listening socket.
 
@@ -124,7 +151,7 @@ class HttpServer:
     ) -> HttpServer:
         """Begins to serve; without TLS if `tls` is None."""
         config = uvicorn.Config(
-            app,
+            BoundedHead(app),
             http="h11",
             ws="none",
             lifespan="off",

@@ -34,7 +34,10 @@ class TorchOptions:
         return TOLERANCES[self.dtype] if self.batch_tolerance is None else self.batch_tolerance
 
     def numerics_id(self, version: str, device: str) -> str:
-        """Names all that decides bits: torch, device, dtype, batch equality (exact, or within a tolerance), sampler.
+        """Names all that decides bits: libraries, device, dtype, batch equality (exact or within a tolerance), sampler.
+
+        Args:
+            version: of torch, and of the libraries that have the networks.
 
         With the tolerance in it, what was computed alone and what may have shared a batch never answer for one another.
         """

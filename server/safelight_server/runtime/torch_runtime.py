@@ -24,6 +24,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ from safelight_server.runtime.verification import InputSpec
 
 log = structlog.get_logger(__name__)
 
+NETWORK_LIBRARIES = ("diffusers", "transformers")
 OVERFLOWING = frozenset({"z-image"})
 """Families whose denoiser, with its published weights, gives values beyond float16, and so no numbers."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -256,8 +258,8 @@ class TorchRuntime:
         return self._options.tolerance
 
     def numerics_id(self, model: str) -> str:
-        """Names torch, device, dtype, batch tolerance and sampler version."""
-        return self._options.numerics_id(torch.__version__, _device_name(self._devices[0]))
+        """Names the libraries, device, dtype, batch tolerance and sampler version."""
+        return self._options.numerics_id(_version(), _device_name(self._devices[0]))
 
     async def close(self) -> None:
         """Waits for running calls, then frees the weights."""
@@ -303,6 +305,11 @@ def _device_name(device: torch.device) -> str:
         return f"cpu-{cores.instruction_set()}"
     name = torch.cuda.get_device_name(device).replace(" ", "_").lower()
     return f"{name}-cuda{torch.version.cuda}-cudnn{torch.backends.cudnn.version()}"
+
+
+def _version() -> str:
+    """The versions of torch and of the libraries whose networks it runs: other code gives other bits."""
+    return "-".join([torch.__version__, *(f"{name}-{metadata.version(name)}" for name in NETWORK_LIBRARIES)])
 
 
 def _compute_alike() -> None:

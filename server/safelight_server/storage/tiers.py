@@ -183,6 +183,15 @@ class Tiers:
         with self.nothing_moves_up():
             return all([await self.erase(tier, key) for tier in self.tiers])
 
+    @property
+    def num_deletions(self) -> int:
+        """Deletions and purges that have begun so far."""
+        return self._deletions
+
+    def undisturbed(self, since: int) -> bool:
+        """Whether nothing is being deleted, and nothing was since `num_deletions` had this value."""
+        return not self._deleting and self._deletions == since
+
     @contextlib.contextmanager
     def nothing_moves_up(self) -> Iterator[None]:
         """Stops `get` from copying values to faster tiers while entries are deleted from the fastest tier down.

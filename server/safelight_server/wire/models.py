@@ -66,7 +66,10 @@ def model_message(
             if component is not Component.DENOISER and component in manifest.components
         ],
         tasks=_tasks(pipeline),
-        adapters=[models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank) for at in adapters],
+        adapters=[
+            models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank, components=at.components)
+            for at in adapters
+        ],
         controls=[models_pb2.ControlInfo(name=name) for name in manifest.controls],
         image_prompt=manifest.image_prompt is not None,
     )

@@ -348,6 +348,7 @@ class AdapterInfo(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    COMPONENTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name for `Adapter.name`."""
     sha256: _builtins.str
@@ -360,16 +361,23 @@ class AdapterInfo(_message.Message):
     """Its rank. The model bounds the sum of the ranks of a request's adapters. A
     request beyond that is refused, and the error names the bound.
     """
+    @_builtins.property
+    def components(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The components that it changes: "denoiser", "text_encoder". If it changes
+        the text encoder, the prompts are encoded anew for it.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         sha256: _builtins.str = ...,
         rank: _builtins.int = ...,
+        components: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "rank", b"rank", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "name", b"name", "rank", b"rank", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2336,6 +2336,10 @@ pub struct AdapterInfo {
     /// request beyond that is refused, and the error names the bound.
     #[prost(int32, tag = "3")]
     pub rank: i32,
+    /// The components that it changes: "denoiser", "text_encoder". If it changes
+    /// the text encoder, the prompts are encoded anew for it.
+    #[prost(string, repeated, tag = "4")]
+    pub components: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -62,6 +62,7 @@ export const MESSAGES = {
     name: [1, "string"],
     sha256: [2, "string"],
     rank: [3, "int32"],
+    components: [4, "string", "repeated"],
   },
   "safelight.v1.ArtifactChunk": {
     output_index: [1, "int32"],
