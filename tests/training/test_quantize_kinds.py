@@ -27,7 +27,6 @@ from safelight_server.export import onnx_file
 from safelight_server.export.exporter import export
 from safelight_server.export.plan import AdapterLayers, ExportOptions
 from safelight_server.quantization import quantize
-from safelight_server.quantization.offline import OfflinePipeline
 from safelight_server.quantization.quality import QualityOptions, psnr_db
 from safelight_server.settings import load
 
@@ -140,9 +139,9 @@ def lora(pipeline: Pipeline) -> dict[str, np.ndarray]:
         ones = () if target.kernel is None else (1, 1)
         for part, shape in (("A", (2, target.inputs, *kernel)), ("B", (target.outputs, 2, *ones))):
             size = 0.6 / np.sqrt(np.prod(shape[1:]))
-            arrays[f"base_model.model.{target.name}.lora_{part}.weight"] = (
-                size * rng.standard_normal(shape)
-            ).astype(np.float32)
+            arrays[f"base_model.model.{target.name}.lora_{part}.weight"] = (size * rng.standard_normal(shape)).astype(
+                np.float32
+            )
     return arrays
 
 
@@ -180,5 +179,3 @@ async def test_both_revisions_make_near_pictures_whatever_they_are_given_alone_a
         for asked, one, other in zip(made.asked, of_float, int8, strict=True):
             if "width" not in asked and "width" in first and one.shape == of_float[0].shape:
                 assert psnr_db(other, int8[0])[0] < psnr_db(one, other)[0], asked
-
-

@@ -36,7 +36,10 @@ def test_a_judge_is_found_by_its_name() -> None:
     [
         ("judge", "--judge judge: must be MODULE:FUNCTION, such as training.judge:labels"),
         (":judge", "must be MODULE:FUNCTION"),
-        ("nowhere.at.all:judge", "--judge nowhere.at.all:judge: cannot be imported: ModuleNotFoundError: No module named"),
+        (
+            "nowhere.at.all:judge",
+            "--judge nowhere.at.all:judge: cannot be imported: ModuleNotFoundError: No module named",
+        ),
         (f"{__name__}:nobody", "test_judges has no function nobody"),
         (f"{__name__}:NO_FUNCTION", "has no function NO_FUNCTION"),
     ],
@@ -117,7 +120,10 @@ def test_labels_of_numbers_and_texts_are_compared_one_by_one() -> None:
 def test_a_judge_is_looked_for_before_anything_is_read() -> None:
     command = [sys.executable, "-m", "safelight_server", "export", "no-such-folder", "--quantize", "int8"]
     ended = subprocess.run(
-        [*command, "--judge", "nowhere:judge"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "server"}
+        [*command, "--judge", "nowhere:judge"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": "server"},
     )
     assert ended.returncode == 2
     assert "--judge nowhere:judge: cannot be imported: ModuleNotFoundError" in ended.stderr

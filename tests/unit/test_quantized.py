@@ -165,6 +165,8 @@ def test_files_for_torch_alone_cannot_be_quantized() -> None:
 )
 def test_options_of_an_export_do_not_go_with_what_was_exported_already(options: list[str], named: str) -> None:
     command = [sys.executable, "-m", "safelight_server", "export", "models/pipelines/icons/1.0", "--quantize", "int8"]
-    ended = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "server"})
+    ended = subprocess.run(
+        [*command, *options], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "server"}
+    )
     assert ended.returncode == 2
     assert f"{named}: models/pipelines/icons/1.0 was exported already" in ended.stderr

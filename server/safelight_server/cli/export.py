@@ -99,7 +99,9 @@ def export(
     min_agreement: Annotated[
         float | None, typer.Option(help="With --judge: least share of labels that stay the same; 0.95.")
     ] = None,
-    compare: Annotated[int | None, typer.Option(min=1, max=1000, help="With --quantize: pictures to compare; 16.")] = None,
+    compare: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="With --quantize: pictures to compare; 16.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done; takes seconds.")] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
 ) -> None:

@@ -1,7 +1,7 @@
 """What the pictures that calibrate and compare bring beside their prompts, so that all inputs of a denoiser are met.
 
-Half of the pictures are plain, and half bring what the denoiser takes: pictures for its control networks, a picture as a
-prompt. A denoiser that inpaints is given a picture and a mask for all of them. Nobody's photos are here, so these
+Half of the pictures are plain, and half bring what the denoiser takes: pictures for its control networks, a picture as
+a prompt. A denoiser that inpaints is given a picture and a mask for all of them. Nobody's photos are here, so these
 pictures are ones that the pipeline drew itself. Pure numpy.
 """
 

@@ -1,4 +1,4 @@
-"""Judges: functions of the user's that label pictures, so that labels of float pictures and quantized ones are compared.
+"""Judges: functions of the user's that label pictures, to compare the labels of float pictures and quantized ones.
 
 A judge is foreign code: whatever it does wrong is an ExportError that names it. Needs neither torch nor onnx.
 """
@@ -47,7 +47,8 @@ def same_labels(judge: Judge, prompts: Sequence[str], one: Pictures, other: Pict
     """
     of_one, of_other = (labels(judge, prompts, pictures) for pictures in (one, other))
     if of_one.shape != of_other.shape:
-        raise ExportError(f"{_name(judge)}: returned {of_one.shape} and then {of_other.shape} labels of as many pictures")
+        shapes = f"{of_one.shape} and then {of_other.shape}"
+        raise ExportError(f"{_name(judge)}: returned {shapes} labels of as many pictures")
     return np.asarray(of_one == of_other)
 
 
@@ -79,7 +80,7 @@ def _named(what: str) -> Iterator[None]:
     """Turns every error of a block into an ExportError of one line; also sys.exit, by which scripts refuse."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a judge is the user's code and may raise anything
+    except (Exception, SystemExit) as error:
         why = " ".join(str(error).split())
         raise ExportError(f"{what}: {type(error).__name__}: {why}") from error
 

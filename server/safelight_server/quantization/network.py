@@ -110,9 +110,7 @@ def _store_half(of: onnx.GraphProto) -> None:
             continue
         name = initializer.name
         initializer.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
-        casts.append(
-            helper.make_node("Cast", [f"{name}.half"], [name], name=f"{name}.cast", to=onnx.TensorProto.FLOAT)
-        )
+        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], name=f"{name}.cast", to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *of.node]
     del of.node[:]
     of.node.extend(nodes)

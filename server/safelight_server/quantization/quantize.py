@@ -1,8 +1,8 @@
 """Makes a revision of a pipeline whose denoiser computes with 8-bit integers, and refuses it where pictures suffer.
 
-All other components are those of the float revision. Nothing in the folder of models changes before rows of a batch were
-found to have the bits that they have alone, the quality gate was passed, and the server's own catalog has loaded the
-result.
+All other components are those of the float revision. Nothing in the folder of models changes before rows of a batch
+were found to have the bits that they have alone, the quality gate was passed, and the server's own catalog has loaded
+the result.
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ def _own_pictures(pipeline: Pipeline, texts: Sequence[str], report: Report) -> M
     }
 
 
-def _calibration(
-    pipeline: Pipeline, texts: Sequence[str], own: Mapping[SizeOffer, Sequence[Pixels]]
-) -> list[Inputs]:
+def _calibration(pipeline: Pipeline, texts: Sequence[str], own: Mapping[SizeOffer, Sequence[Pixels]]) -> list[Inputs]:
     """Inputs of the denoiser in all steps of some pictures, a row each with its prompt and without."""
     inputs: list[Inputs] = []
     count = conditions.least_wishes(pipeline.manifest, CALIBRATION_PICTURES)
