@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safelight_server.catalog import catalog, revisions
 from safelight_server.catalog.catalog import ManifestError
+from safelight_server.cli.export import export as export_command
 from safelight_server.domain.component import Component
 from safelight_server.export.source import ExportError
 from safelight_server.quantization import quality
@@ -150,6 +152,22 @@ def test_what_is_quantized_already_is_refused() -> None:
     quantized = icons.model_copy(update={"quantization": QUANTIZATION})
     with pytest.raises(ExportError, match="icons: it is quantized already"):
         quality.require_quantizable("icons", quantized)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_agreement": 95, "judge": f"{__name__}:by_prompt"}, "--min-agreement 95: must be a share, from 0 to 1"),
+        ({"min_psnr": float("nan")}, "--min-psnr nan: must be from 0 to 100 dB"),
+        ({"min_psnr": 120}, "--min-psnr 120: must be from 0 to 100 dB"),
+        ({"min_agreement": 0.9}, "--min-agreement: goes with --judge"),
+    ],
+)
+def test_bounds_that_nothing_could_keep_are_refused_before_the_work(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ExportError, match=said):
+        export_command(tmp_path, quantize="int8", **options)
 
 
 def test_files_for_torch_alone_cannot_be_quantized() -> None:
