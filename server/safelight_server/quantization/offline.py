@@ -19,7 +19,7 @@ from safelight_server.engine.adapters import RowAdapter, prompt_inputs
 from safelight_server.engine.jobs import InitImage
 from safelight_server.engine.latents import COND, UNCOND, Latents, RowImagePrompt, RowMaskedImage
 from safelight_server.quantization.conditions import Conditions
-from safelight_server.quantization.quality import Pictures
+from safelight_server.quantization.judges import Pictures
 from safelight_server.runtime import onnx
 from safelight_server.runtime.base import StableRows
 from safelight_server.sampler import SamplerSpec, compile_table

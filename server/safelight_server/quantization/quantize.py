@@ -164,7 +164,7 @@ def _largest_row(calibration: Sequence[Inputs]) -> Inputs:
     """Inputs of one row that takes most memory: of the largest size, with all control networks that a row has."""
 
     def taken(inputs: Inputs, row: int) -> tuple[int, int]:
-        acting = np.count_nonzero(inputs[CONTROL_SCALES_SOURCE][row]) if CONTROL_SCALES_SOURCE in inputs else 0
+        acting = int(np.count_nonzero(inputs[CONTROL_SCALES_SOURCE][row])) if CONTROL_SCALES_SOURCE in inputs else 0
         return sum(values[row].nbytes for values in inputs.values()), acting
 
     inputs, row = max(
