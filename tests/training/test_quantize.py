@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,15 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     models = copy_models(tmp_path)
     before = sorted(models.rglob("*"))
     [manifest] = models.glob("pipelines/icons/*/pipeline.json")
-    with pytest.raises(ExportError, match=r"below --min-psnr 90"):
-        quantize.quantize(manifest, QualityOptions(num_pictures=1, min_psnr_db=90.0))
+    said = []
+
+    def other_labels_each_time(prompts: Sequence[str], pictures: np.ndarray) -> np.ndarray:
+        said.append(pictures.shape)
+        return np.full((len(prompts), 3), len(said))
+
+    with pytest.raises(ExportError, match=r"below --min-psnr 90; the judge sees the same in 0.0%, below"):
+        quantize.quantize(manifest, QualityOptions(1, min_psnr_db=90.0, judge=other_labels_each_time))
+    assert said == [(1, 128, 128, 3)] * 2
     assert sorted(models.rglob("*")) == before
 
 

@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from safelight_server.domain.uploads import PictureFile
 from safelight_server.export.options import AdapterLayers
 from safelight_server.export.source import ExportError
 from safelight_server.generations.init_images import InitImages
-from safelight_server.quantization.quality import require_quantizable
 from safelight_server.runtime.verification import InputSpec, at_sizes, example, warm_up
 from safelight_server.sampler import controlled_steps
 from safelight_server.storage.keyring import Keyring
@@ -155,29 +153,9 @@ def test_a_control_network_that_is_not_understood_is_refused_on_the_command_line
         export_command(tmp_path, control=[text])
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"control": ["edges=folder"]}, "--control"),
-        ({"image_prompt": Path("folder")}, "--image-prompt"),
-        ({"adapter_rank": 4}, "--adapter-rank"),
-        ({"adapter_rank": 4, "control": ["edges=folder"]}, "--adapter-rank, --control"),
-    ],
-)
-def test_a_denoiser_that_takes_more_is_not_quantized_on_the_command_line(tmp_path, options, named):
-    with pytest.raises(ExportError, match=f"--quantize: goes with a plain denoiser; leave {named} out"):
-        export_command(tmp_path, quantize="int8", **options)
-
-
 def test_layers_of_adapters_without_room_for_them_are_refused_on_the_command_line(tmp_path):
     with pytest.raises(ExportError, match="--adapter-layers: goes with --adapter-rank; leave it out"):
         export_command(tmp_path, adapter_layers=AdapterLayers.ALL)
-
-
-def test_a_denoiser_with_control_networks_is_not_quantized(tmp_path):
-    made = small_pipeline(tmp_path, controls=["edges"], inputs=INPUTS).manifest
-    with pytest.raises(ExportError, match="cannot quantize a denoiser that takes control_images, control_scales"):
-        require_quantizable("small", made)
 
 
 CONFIG = """

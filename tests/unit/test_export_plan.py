@@ -501,11 +501,6 @@ def test_a_unet_of_sdxl_that_inpaints_is_planned(sdxl: SdxlFolder) -> None:
     assert {"mask", "masked_image", "time_ids"} <= draft(made)["inputs"].keys()
 
 
-def test_a_unet_that_inpaints_is_not_quantized_and_says_so_before_it_is_exported(folder: Folder) -> None:
-    with pytest.raises(ExportError, match="--quantize: does not calibrate with pictures and masks"):
-        export_command(folder(unet={"in_channels": 9}), quantize="int8", name="small", dry_run=True)
-
-
 def test_a_unet_that_does_not_inpaint_is_planned_as_any_other(folder: Folder) -> None:
     made = plan(folder(index={"_class_name": "StableDiffusionInpaintPipeline"}))
     assert not made.is_inpainting

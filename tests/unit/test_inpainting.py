@@ -22,9 +22,7 @@ from safelight_server.domain.errors import InvalidRequestError
 from safelight_server.domain.uploads import PictureFile, decode_mask, has_alpha
 from safelight_server.engine.jobs import InitImage, Job
 from safelight_server.engine.latents import CleanLatent, Latents, RowMaskedImage, Snapshot
-from safelight_server.export.source import ExportError
 from safelight_server.generations.init_images import InitImages
-from safelight_server.quantization.quality import require_quantizable
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.runtime.verification import InputSpec, at_sizes
 from safelight_server.sampler import POSTERIOR, SamplerSpec, compile_table, gaussian
@@ -207,12 +205,6 @@ def test_a_triton_repository_warms_up_masks_at_all_sizes(tmp_path: Path) -> None
     assert [dims["mask"] for dims in export.dims_by_size(config, use)] == [(1, 8, 8), (1, 12, 8)]
     made = export.for_gpu(config, 1, export.Accelerator.TENSORRT, use)
     assert {at["max"]["mask"] for at in export.profiles(made)} == {(8, 1, 8, 8), (8, 1, 12, 8)}
-
-
-def test_it_is_not_quantized(tmp_path: Path) -> None:
-    manifest = small_pipeline(tmp_path, inputs=INPUTS).manifest
-    with pytest.raises(ExportError, match="cannot quantize a denoiser that takes mask, masked_image"):
-        require_quantizable("small", manifest)
 
 
 @pytest.fixture

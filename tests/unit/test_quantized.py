@@ -9,15 +9,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safelight_server.catalog import catalog, revisions
 from safelight_server.catalog.catalog import ManifestError
+from safelight_server.cli.export import export as export_command
 from safelight_server.domain.component import Component
 from safelight_server.export.source import ExportError
 from safelight_server.quantization import quality
-from safelight_server.quantization.quality import Pictures, QualityOptions
+from safelight_server.quantization.judges import Pictures
+from safelight_server.quantization.quality import DrawnTwice, QualityOptions
 from safelight_server.runtime import verification
 from safelight_server.runtime.base import CostCurve
 from safelight_server.runtime.onnx import OnnxRuntime
@@ -108,7 +111,8 @@ def by_prompt(prompts: Sequence[str], pictures: Pictures) -> np.ndarray:
 
 def test_pictures_are_held_to_their_bounds() -> None:
     prompts = ["one", "two", "three", "four"]
-    found = quality.compared(prompts, BLACK, GREY, QualityOptions(min_psnr_db=20, judge=by_prompt, min_agreement=0.875))
+    options = QualityOptions(min_psnr_db=20, judge=by_prompt, min_agreement=0.875)
+    found = quality.compared([DrawnTwice(prompts, BLACK, GREY)], options)
     assert (found.num_pictures, found.psnr_db, found.least_psnr_db) == (4, 24.05, 24.05)
     assert found.agreement == 7 / 8
     quality.require(found)
@@ -121,7 +125,7 @@ def test_pictures_are_held_to_their_bounds() -> None:
 
 
 def test_equal_pictures_pass_and_without_a_judge_nothing_is_said_of_it() -> None:
-    found = quality.compared(["one"] * 4, GREY, GREY, QualityOptions())
+    found = quality.compared([DrawnTwice(["one"] * 4, GREY, GREY)], QualityOptions())
     assert (found.psnr_db, found.agreement) == (quality.MAX_PSNR_DB, None)
     quality.require(found)
 
@@ -134,20 +138,36 @@ def test_rows_whose_bits_depend_on_their_batch_are_refused(curve: CostCurve | No
     assert quality.require_batches("net", whole, 16) is whole
 
 
-def test_a_judge_is_found_by_its_name() -> None:
-    assert quality.judge_of(f"{__name__}:by_prompt")
-    for name in ("nowhere:judge", f"{__name__}:nobody", "judge", ""):
-        with pytest.raises(ExportError, match="--judge"):
-            quality.judge_of(name)
+def test_each_size_and_kind_has_to_keep_the_bounds() -> None:
+    wide = np.zeros((8, 2, 4, 3), np.uint8)
+    drawn = [DrawnTwice(["two"] * 8, wide, wide), DrawnTwice(["one"] * 4, BLACK, GREY)]
+    found = quality.compared(drawn, QualityOptions(judge=by_prompt))
+    assert (found.num_pictures, found.psnr_db, found.least_psnr_db) == (12, 24.05, 24.05)
+    assert found.agreement == round(23 / 24, 4)
 
 
-@pytest.mark.parametrize("source", ["scalar:guidance", "adapter_weights", "image_prompt_tokens"])
-def test_a_denoiser_with_an_input_that_calibration_does_not_fill_is_refused(source: str) -> None:
+def test_what_is_quantized_already_is_refused() -> None:
     icons = catalog.load(Path("models")).get("icons").manifest
     quality.require_quantizable("icons", icons)
-    other = icons.model_copy(update={"inputs": {**icons.inputs, "more": source}})
-    with pytest.raises(ExportError, match=f"icons: cannot quantize a denoiser that takes {source}"):
-        quality.require_quantizable("icons", other)
+    quantized = icons.model_copy(update={"quantization": QUANTIZATION})
+    with pytest.raises(ExportError, match="icons: it is quantized already"):
+        quality.require_quantizable("icons", quantized)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_agreement": 95, "judge": f"{__name__}:by_prompt"}, "--min-agreement 95: must be a share, from 0 to 1"),
+        ({"min_psnr": float("nan")}, "--min-psnr nan: must be from 0 to 100 dB"),
+        ({"min_psnr": 120}, "--min-psnr 120: must be from 0 to 100 dB"),
+        ({"min_agreement": 0.9}, "--min-agreement: goes with --judge"),
+    ],
+)
+def test_bounds_that_nothing_could_keep_are_refused_before_the_work(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ExportError, match=said):
+        export_command(tmp_path, quantize="int8", **options)
 
 
 def test_files_for_torch_alone_cannot_be_quantized() -> None:
@@ -155,3 +175,16 @@ def test_files_for_torch_alone_cannot_be_quantized() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "server"})
     assert ended.returncode == 2
     assert "--quantize: quantizes the files of ONNX Runtime; use --format onnx or both" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--steps", "4"], "--steps"), (["--sizes", "64x64", "--models-dir", "x"], "--sizes, --models-dir")],
+)
+def test_options_of_an_export_do_not_go_with_what_was_exported_already(options: list[str], named: str) -> None:
+    command = [sys.executable, "-m", "safelight_server", "export", "models/pipelines/icons/1.0", "--quantize", "int8"]
+    ended = subprocess.run(
+        [*command, *options], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "server"}
+    )
+    assert ended.returncode == 2
+    assert f"{named}: models/pipelines/icons/1.0 was exported already" in ended.stderr

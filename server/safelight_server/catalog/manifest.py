@@ -197,7 +197,8 @@ class QualityGate(_Strict):
 
     Attributes:
         num_pictures: with the same prompts and seeds, at the default settings.
-        psnr_db: median over the pictures of their PSNR to the float ones; at most 100, which equal pictures have.
+        psnr_db: median over the pictures of their PSNR to the float ones; at most 100, which equal pictures have. The
+            lowest median, where there are pictures of several sizes, or plain ones and ones with controls.
         least_psnr_db: of the picture that is farthest off.
         agreement: share of the judge's labels that are the same for both; None: there was no judge.
         min_psnr_db: bound of `psnr_db`.

@@ -17,7 +17,7 @@ from safelight_server.export import plan
 from safelight_server.export.options import MAX_ROWS, AdapterLayers, ExportFormat, ExportOptions
 from safelight_server.export.plan import ExportPlan
 from safelight_server.export.source import ExportError
-from safelight_server.quantization import quality
+from safelight_server.quantization import judges, quality
 from safelight_server.runtime.memory import available_bytes
 from safelight_server.settings import Settings
 
@@ -100,7 +100,9 @@ def export(
     min_agreement: Annotated[
         float | None, typer.Option(help="With --judge: least share of labels that stay the same; 0.95.")
     ] = None,
-    compare: Annotated[int | None, typer.Option(min=1, help="With --quantize: pictures to compare; 16.")] = None,
+    compare: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="With --quantize: pictures to compare; 16.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done; takes seconds.")] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
 ) -> None:
@@ -129,17 +131,28 @@ def export(
     if adapter_layers is not None and not adapter_rank:
         raise ExportError("--adapter-layers: goes with --adapter-rank; leave it out")
     gate = _gate(quantize, min_psnr, judge, min_agreement, compare)
-    more = {"--adapter-rank": adapter_rank, "--control": control, "--image-prompt": image_prompt}
-    if quantize and (given := [option for option, value in more.items() if value]):
-        raise ExportError(f"--quantize: goes with a plain denoiser; leave {', '.join(given)} out")
     if quantize and format is ExportFormat.TORCH:
         raise ExportError("--quantize: quantizes the files of ONNX Runtime; use --format onnx or both")
+    judged = judges.judge_of(judge) if judge else None  # first: one that is refused costs no export
     exported = folder / "pipeline.json"
-    if not (quantize and exported.is_file()):
-        planned = plan.make(folder, options)
-        if quantize and planned.is_inpainting:
-            raise ExportError("--quantize: does not calibrate with pictures and masks, as a UNet that inpaints needs")
-        for line in _summary(planned):
+    if quantize and exported.is_file():
+        of_exports = {
+            "--adapter-rank": adapter_rank,
+            "--control": control,
+            "--image-prompt": image_prompt,
+            "--sizes": sizes,
+            "--steps": steps,
+            "--guidance-scale": guidance_scale,
+            "--sampler": sampler,
+            "--models-dir": models_dir,
+        }
+        if given := [option for option, value in of_exports.items() if value]:
+            raise ExportError(
+                f"{', '.join(given)}: {folder} was exported already, and --quantize takes it as it is;"
+                " give the folder of diffusers, or leave them out"
+            )
+    else:
+        for line in _summary(plan.make(folder, options)):
             typer.echo(line)
     if quantize:
         typer.echo(f"then a revision whose denoiser is quantized to {quantize}, if its pictures are good enough")
@@ -164,7 +177,6 @@ def export(
     if quantize:
         from safelight_server.quantization import quantize as quantization  # imports onnx
 
-        judged = quality.judge_of(judge) if judge else None
         written = quantization.quantize(exported, quality.QualityOptions(judge=judged, **gate), report)
         typer.echo(f"wrote {written.parent}")
 
@@ -184,6 +196,10 @@ def _gate(
         raise ExportError(f"{', '.join(given)}: goes with --quantize; leave it out")
     if min_agreement is not None and not judge:
         raise ExportError("--min-agreement: goes with --judge; leave it out")
+    if min_agreement is not None and not 0 <= min_agreement <= 1:
+        raise ExportError(f"--min-agreement {min_agreement:g}: must be a share, from 0 to 1")
+    if min_psnr is not None and not 0 <= min_psnr <= quality.MAX_PSNR_DB:
+        raise ExportError(f"--min-psnr {min_psnr:g}: must be from 0 to {quality.MAX_PSNR_DB:g} dB")
     found = {"min_psnr_db": min_psnr, "min_agreement": min_agreement, "num_pictures": compare}
     return {name: value for name, value in found.items() if value is not None}
 

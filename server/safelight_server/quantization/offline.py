@@ -1,6 +1,6 @@
 """Draws pictures of a pipeline without a server: a few at a time, on ONNX Runtime, to calibrate and to compare.
 
-The arithmetic is the server's own: its tokenizers, sampler tables, noise and rounding.
+The arithmetic is the server's own: its tokenizers, sampler tables, noise, inputs of the denoiser and rounding.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from safelight_server.catalog.manifest import (
-    ADAPTER_SCALES_SOURCE,
-    ADAPTER_WEIGHTS_SOURCE,
-    ENCODER_SOURCE,
-    LATENT_SOURCE,
-    SIZE_IDS_SOURCE,
-    TIMESTEP_SOURCE,
-)
+from safelight_server.catalog.manifest import IMAGE_PROMPT_OUTPUTS, SizeOffer
 from safelight_server.catalog.pipeline import Pipeline
-from safelight_server.catalog.pixels import decoder_latent, to_pixels
+from safelight_server.catalog.pixels import decoder_latent, encoder_image, to_pixels
 from safelight_server.domain.component import Component
-from safelight_server.domain.tensors import Array, FloatArray
-from safelight_server.engine.adapters import prompt_inputs
-from safelight_server.quantization.quality import Pictures
+from safelight_server.domain.tensors import Array, Embedding, FloatArray
+from safelight_server.engine.adapters import RowAdapter, prompt_inputs
+from safelight_server.engine.jobs import InitImage
+from safelight_server.engine.latents import COND, UNCOND, Latents, RowImagePrompt, RowMaskedImage
+from safelight_server.quantization.conditions import Conditions
+from safelight_server.quantization.judges import Pictures
 from safelight_server.runtime import onnx
-from safelight_server.sampler import SamplerSpec, advance, compile_table, gaussian, guide
+from safelight_server.runtime.base import StableRows
+from safelight_server.sampler import SamplerSpec, compile_table
 
 BATCH = 4
 """Pictures that are drawn at once, where the denoiser takes their rows."""
@@ -35,7 +32,7 @@ Call = Callable[[Inputs], Mapping[str, FloatArray]]
 
 
 class OfflinePipeline:
-    """The networks of a pipeline that make pictures from texts, loaded; at its first size and default settings.
+    """The networks of a pipeline that make pictures from texts, loaded; at default settings.
 
     Args:
         denoiser: another file to take the place of the pipeline's denoiser.
@@ -52,12 +49,13 @@ class OfflinePipeline:
     ) -> None:
         if pipeline.tokenizer is None:
             raise ValueError(f"{pipeline.name} was assembled without its tokenizer")
-        self._pipeline, self._tokenizer, self._adapter = pipeline, pipeline.tokenizer, adapter
+        self._pipeline, self._tokenizer = pipeline, pipeline.tokenizer
+        self._adapters = () if adapter is None else (RowAdapter(adapter, 1.0),)
         files = {**pipeline.files, **({Component.DENOISER: denoiser} if denoiser is not None else {})}
-        self._calls = {
-            component: onnx.loaded(files[component], threads)
-            for component in (Component.TEXT_ENCODER, Component.DENOISER, Component.DECODER)
-        }
+        needed = [Component.TEXT_ENCODER, Component.DENOISER, Component.DECODER]
+        needed += [Component.ENCODER] if pipeline.manifest.is_inpainting else []
+        needed += [Component.IMAGE_ENCODER] if pipeline.manifest.image_prompt is not None else []
+        self._calls = {component: onnx.loaded(files[component], threads) for component in needed}
 
     @property
     def denoiser(self) -> Call:
@@ -65,14 +63,34 @@ class OfflinePipeline:
         return self._calls[Component.DENOISER]
 
     def pictures(
-        self, prompts: Sequence[str], seeds: Sequence[int], watch: Callable[[Inputs], None] = lambda inputs: None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        watch: Callable[[Inputs], None] = lambda inputs: None,
+        size: SizeOffer | None = None,
+        conditions: Sequence[Conditions] = (),
     ) -> Pictures:
-        """(N, H, W, 3) uint8, a picture for each prompt and its seed; `watch` is given the inputs of each step."""
-        rows = 2 if self._pipeline.manifest.defaults.guidance_scale > 1 else 1
+        """(N, H, W, 3) uint8, a picture for each prompt and its seed.
+
+        Args:
+            watch: is given the inputs of the denoiser in each step.
+            size: None: the first of the pipeline.
+            conditions: of each picture; empty: there are none.
+
+        Raises:
+            NotFiniteError: a picture has infinite or NaN values.
+        """
+        rows = 2 if self._is_guided(self._pipeline.manifest.defaults.guidance_scale) else 1
         most = self._pipeline.max_rows.get(Component.DENOISER, BATCH * rows)
         count = max(1, min(BATCH, most // rows))
         parts = [
-            self.images(prompts[first : first + count], seeds[first : first + count], watch=watch)
+            self.images(
+                prompts[first : first + count],
+                seeds[first : first + count],
+                watch=watch,
+                size=size,
+                conditions=conditions[first : first + count],
+            )
             for first in range(0, len(prompts), count)
         ]
         return np.stack([to_pixels(image) for part in parts for image in part])
@@ -86,54 +104,80 @@ class OfflinePipeline:
         num_steps: int | None = None,
         watch: Callable[[Inputs], None] = lambda inputs: None,
         denoiser: Call | None = None,
+        size: SizeOffer | None = None,
+        conditions: Sequence[Conditions] = (),
     ) -> FloatArray:
         """One batch as the decoder makes it, (B, 3, H, W), nominally in [-1, 1]; what is not given is the default."""
         pipeline, manifest, count = self._pipeline, self._pipeline.manifest, len(prompts)
-        default, size = manifest.defaults.sampler, manifest.sizes[0]
+        default, at = manifest.defaults.sampler, size or manifest.sizes[0]
+        shape = pipeline.latent_shape(at.width_px, at.height_px)
         spec = spec or SamplerSpec(default.name, default.spacing, default.sigma_schedule, default.eta)
         steps = num_steps or manifest.defaults.num_inference_steps
-        table = compile_table(spec, pipeline.schedule, manifest.prediction_type, steps)
+        table = compile_table(spec, pipeline.schedule.at(*shape[1:]), manifest.prediction_type, steps)
         scale = guidance_scale or manifest.defaults.guidance_scale
-        texts = [*prompts, *([""] * count if scale > 1 else [])]
-        embeddings = self._embeddings(texts)
-        shape = pipeline.latent_shape(size.width_px, size.height_px)
-        x = np.stack([np.float32(table.init_scale) * gaussian(seed, 0, 0, shape) for seed in seeds])
-        denoised = np.zeros_like(x)
+        is_guided = self._is_guided(scale)
+        embeddings = self._embeddings([*prompts, *([""] if is_guided else [])])
+        latents = Latents(
+            count,
+            shape,
+            {name: values.shape for name, values in embeddings[prompts[0]].items()},
+            steps,
+            manifest.inputs,
+            pipeline.size_ids(shape),
+            manifest.adapters,
+            manifest.image_prompt,
+            (len(manifest.controls), 3, *pipeline.picture_size(shape)),
+        )
+        claimed = [
+            latents.claim(
+                table,
+                seed,
+                one.guidance_scale or scale,
+                [embeddings[text] for text in ([prompt, ""] if is_guided else [prompt])],
+                adapters=self._adapters,
+                controls=one.controls,
+                image_prompt=self._image_prompt(one),
+                masked_image=self._masked_image(one, seed),
+            )
+            for prompt, seed, one in zip(prompts, seeds, conditions or [Conditions()] * count, strict=True)
+        ]
+        slots = np.array(claimed, np.intp)
+        rows = np.concatenate([slots, slots]) if is_guided else slots
+        parts = np.repeat(np.array([COND, UNCOND] if is_guided else [COND], np.intp), count)
+        stable: dict[str, Array] = {}
         for step in range(table.num_steps):
-            sample = np.concatenate([x, x] if scale > 1 else [x]) * table.in_scale[step]
-            inputs = self._inputs(sample, float(table.timesteps[step]), embeddings, pipeline.size_ids(shape))
+            given = latents.rows(rows, parts, np.full(len(rows), step, np.intp))
+            if not stable:  # copied once: who keeps the inputs of all steps has them once too
+                stable = {name: of.array() for name, of in given.items() if isinstance(of, StableRows)}
+            inputs = stable | {name: of for name, of in given.items() if not isinstance(of, StableRows)}
             watch(inputs)
-            prediction = (denoiser or self.denoiser)(inputs)["prediction"]
-            if scale > 1:
-                prediction = guide(prediction[:count], prediction[count:], np.full(count, scale, np.float32))
-            noise = np.stack([gaussian(seed, 1, step, shape) for seed in seeds]) if table.uses_noise else None
-            coefficients = np.repeat(table.coefficients[step : step + 1], count, 0)
-            x, denoised = advance(x, prediction, denoised, noise, coefficients)
-        return self._calls[Component.DECODER]({"latent": decoder_latent(pipeline, x)})["image"]
+            latents.put(rows, parts, (denoiser or self.denoiser)(inputs)["prediction"])
+            latents.advance(slots, np.full(count, step, np.intp))
+        return self._calls[Component.DECODER]({"latent": decoder_latent(pipeline, latents.latent(slots))})["image"]
 
-    def _embeddings(self, texts: Sequence[str]) -> Mapping[str, FloatArray]:
-        """What the text encoder makes of the texts, (B, ...) by output; each text is encoded once."""
+    def _is_guided(self, scale: float) -> bool:
+        """Whether a step of a picture has a row without its prompt."""
+        return scale > 1 and not self._pipeline.manifest.is_guidance_distilled
+
+    def _embeddings(self, texts: Sequence[str]) -> Mapping[str, Embedding]:
+        """What the text encoder makes of each text; each is encoded once."""
         encode = self._calls[Component.TEXT_ENCODER]
         text_room = self._pipeline.manifest.text_adapters
         nothing = {} if text_room is None else prompt_inputs(text_room, [()])  # adapters change the denoiser alone here
-        ids = {text: np.array([self._tokenizer.encode(text).ids]) for text in set(texts)}
+        ids = {text: np.array([self._tokenizer.encode(text).ids]) for text in dict.fromkeys(texts)}
         once = {text: encode({"input_ids": at, **nothing}) for text, at in ids.items()}
         names = self._pipeline.embedding_outputs
-        return {name: np.concatenate([once[text][name] for text in texts]) for name in names}
+        return {text: {name: made[name][0] for name in names} for text, made in once.items()}
 
-    def _inputs(
-        self, sample: FloatArray, timestep: float, embeddings: Mapping[str, FloatArray], size_ids: FloatArray
-    ) -> Inputs:
-        """The inputs of the denoiser by name, each from its source."""
-        count = len(sample)
-        by_source = {ENCODER_SOURCE + name: values for name, values in embeddings.items()}
-        by_source[LATENT_SOURCE] = sample
-        by_source[TIMESTEP_SOURCE] = np.full(count, timestep, np.float32)
-        by_source[SIZE_IDS_SOURCE] = np.tile(size_ids, (count, 1))
-        if (room := self._pipeline.manifest.adapters) is not None:
-            weights = np.zeros((count, room.max_rank, room.width), np.float32)
-            if self._adapter is not None:
-                weights[:, : len(self._adapter)] = self._adapter
-            by_source[ADAPTER_WEIGHTS_SOURCE] = weights
-            by_source[ADAPTER_SCALES_SOURCE] = np.ones((count, room.max_rank), np.float32)
-        return {name: by_source[source] for name, source in self._pipeline.manifest.inputs.items()}
+    def _image_prompt(self, given: Conditions) -> RowImagePrompt | None:
+        if given.image_prompt is None:
+            return None
+        made = self._calls[Component.IMAGE_ENCODER]({"image": encoder_image(given.image_prompt)[None]})
+        return RowImagePrompt(np.concatenate([made[name] for name in IMAGE_PROMPT_OUTPUTS]), 1.0)
+
+    def _masked_image(self, given: Conditions, seed: int) -> RowMaskedImage | None:
+        if given.init_image is None or given.mask is None:
+            return None
+        image = InitImage("", given.init_image, given.mask)
+        encoded = self._calls[Component.ENCODER]({"image": encoder_image(given.init_image, given.mask)[None]})
+        return image.masked_image(self._pipeline, {name: values[0] for name, values in encoded.items()}, seed)

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from safelight_server.catalog.manifest import (
-    ENCODER_SOURCE,
-    LATENT_SOURCE,
-    SIZE_IDS_SOURCE,
-    TIMESTEP_SOURCE,
-    Manifest,
-    QualityGate,
-)
+from safelight_server.catalog.manifest import Manifest, QualityGate
 from safelight_server.export.source import ExportError
+from safelight_server.quantization.judges import Judge, Pictures, same_labels
 from safelight_server.runtime.base import CostCurve
 
-CALIBRATED = (LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE)
-"""Sources of a denoiser's inputs, apart from a text encoder's outputs, that calibration fills (`offline.py`)."""
 MAX_PSNR_DB = 100.0
-
-Pictures = npt.NDArray[np.uint8]
-"""(N, H, W, 3)."""
-Judge = Callable[[Sequence[str], Pictures], npt.NDArray[Any]]
-"""Labels of pictures that were drawn for prompts: (N, K), of any type that compares."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +23,7 @@ class QualityOptions:
 
     Attributes:
         num_pictures: how many pictures are drawn with both denoisers.
-        min_psnr_db: least median of PSNR to the float pictures.
+        min_psnr_db: least median of PSNR to the float pictures, of each size and kind.
         min_agreement: least share of the judge's labels that are the same.
         judge: labels pictures; None: they are compared by PSNR alone.
     """
@@ -51,42 +34,36 @@ class QualityOptions:
     judge: Judge | None = None
 
 
-def judge_of(name: str) -> Judge:
-    """The judge of MODULE:FUNCTION; modules of the folder in which the command runs are found too.
-
-    Raises:
-        ExportError: there is none of that name.
-    """
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")
-    try:
-        found: Judge = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ExportError(f"--judge {name}: {error}") from None
-    finally:
-        sys.path.remove("")
-    return found
-
-
 def psnr_db(one: Pictures, other: Pictures) -> list[float]:
     """Peak signal-to-noise ratio of pairs of pictures in dB, at most `MAX_PSNR_DB`, which equal ones have."""
     errors = np.mean((one.astype(np.float64) - other) ** 2, axis=(1, 2, 3))
     return [min(MAX_PSNR_DB, 10 * math.log10(255**2 / error)) if error else MAX_PSNR_DB for error in errors.tolist()]
 
 
-def compared(
-    prompts: Sequence[str], float_pictures: Pictures, pictures: Pictures, options: QualityOptions
-) -> QualityGate:
-    """The figures of the pictures that both denoisers made of the same prompts and seeds."""
-    found = psnr_db(float_pictures, pictures)
+@dataclass(frozen=True)
+class DrawnTwice:
+    """Pictures of one size and kind that both denoisers made of the same prompts and seeds."""
+
+    prompts: Sequence[str]
+    of_float: Pictures
+    pictures: Pictures
+
+
+def compared(drawn: Sequence[DrawnTwice], options: QualityOptions) -> QualityGate:
+    """The figures of all pictures.
+
+    Raises:
+        ExportError: the judge gives no labels that can be compared.
+    """
+    found = [psnr_db(at.of_float, at.pictures) for at in drawn]
     agreement = None
-    if options.judge is not None:
-        seen = [np.asarray(options.judge(prompts, one)) for one in (float_pictures, pictures)]
-        agreement = round(float((seen[0] == seen[1]).mean()), 4)
+    if (judge := options.judge) is not None:
+        same = [same_labels(judge, at.prompts, at.of_float, at.pictures).ravel() for at in drawn]
+        agreement = round(float(np.concatenate(same).mean()), 4)
     return QualityGate(
-        num_pictures=len(pictures),
-        psnr_db=round(statistics.median(found), 2),
-        least_psnr_db=round(min(found), 2),
+        num_pictures=sum(len(at) for at in found),
+        psnr_db=round(min(statistics.median(at) for at in found), 2),
+        least_psnr_db=round(min(min(at) for at in found), 2),
         agreement=agreement,
         min_psnr_db=options.min_psnr_db,
         min_agreement=options.min_agreement,
@@ -100,13 +77,10 @@ def require_quantizable(name: str, manifest: Manifest) -> None:
         name: of the pipeline, for the error.
 
     Raises:
-        ExportError: it is quantized already, or its denoiser has an input that calibration does not fill.
+        ExportError: it is quantized already.
     """
     if manifest.quantization is not None:
         raise ExportError(f"{name}: it is quantized already")
-    sources = manifest.inputs.values()
-    if others := [source for source in sources if source not in CALIBRATED and not source.startswith(ENCODER_SOURCE)]:
-        raise ExportError(f"{name}: cannot quantize a denoiser that takes {', '.join(others)}")
 
 
 def require(quality: QualityGate) -> None:

@@ -1,50 +1,53 @@
 """Makes a revision of a pipeline whose denoiser computes with 8-bit integers, and refuses it where pictures suffer.
 
-Static quantization of ONNX Runtime: convolutions and matrix products take int8 weights (one scale a channel) and uint8
-activations whose ranges are fixed beforehand, from the steps of a few pictures. Integer sums are exact, and no range
-depends on the other rows of a call: so a row keeps its bits in any batch, which is checked. All other components are
-those of the float revision. Nothing in the folder of models changes before the quality gate was passed and the
-server's own catalog has loaded the result.
+All other components are those of the float revision. Nothing in the folder of models changes before rows of a batch
+were found to have the bits that they have alone, the quality gate was passed, and the server's own catalog has loaded
+the result.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-import onnx
+import numpy as np
 import onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from safelight_server.catalog.catalog import DATA_FILE, ManifestError, load_pipeline
 from safelight_server.catalog.digest import sha256
-from safelight_server.catalog.manifest import QualityGate, Quantization
+from safelight_server.catalog.manifest import CONTROL_SCALES_SOURCE, QualityGate, Quantization, SizeOffer
 from safelight_server.catalog.pipeline import Pipeline
+from safelight_server.catalog.pixels import NotFiniteError
 from safelight_server.domain.component import Component
+from safelight_server.domain.picture import Pixels
 from safelight_server.export import memory
 from safelight_server.export.manifest import readable
 from safelight_server.export.source import ExportError
-from safelight_server.quantization import quality
+from safelight_server.quantization import conditions, network, quality
+from safelight_server.quantization.conditions import Wish
+from safelight_server.quantization.judges import Pictures
 from safelight_server.quantization.offline import Inputs, OfflinePipeline
-from safelight_server.quantization.quality import QualityOptions
+from safelight_server.quantization.quality import DrawnTwice, QualityOptions
 from safelight_server.runtime import onnx as runtime
 from safelight_server.runtime import verification
+from safelight_server.runtime.base import RuntimeFailure
 
 SCHEME: Final = "int8"
-OPERATORS = ["Conv", "MatMul", "Gemm"]
 CALIBRATION_PICTURES = 4
-"""Pictures whose steps fix the ranges of activations, from noise to the last step."""
+"""Least number of pictures whose steps fix the ranges of activations, from noise to the last step."""
 CALIBRATION_SEED = 1 << 32
 """Seeds of calibration begin here, those of the comparison at 0: no picture is judged that was calibrated with."""
+OWN_PICTURES = 2
+"""Pictures of each size that a pipeline draws to be given them itself, where its denoiser takes pictures."""
+OWN_SEED = 1 << 33
 PROMPTS = (
     "a red apple on a wooden table",
     "a portrait of an old man with a beard",
@@ -76,79 +79,100 @@ def quantize(manifest: Path, options: QualityOptions, report: Report = lambda li
         ExportError: the pipeline cannot be quantized, rows of a batch are not those of the row alone, or the pictures
             are not good enough; then nothing has changed.
     """
+    manifest = manifest.absolute()
+    if manifest.parts[-4:-3] != ("pipelines",):
+        raise ExportError(f"{manifest}: is not MODELS/pipelines/NAME/REVISION/pipeline.json, with MODELS/repository")
     models = manifest.parents[3]
     try:
         pipeline = load_pipeline(manifest, models / "repository")
-    except ManifestError as error:
+        quality.require_quantizable(str(manifest.parent), pipeline.manifest)
+        with tempfile.TemporaryDirectory(dir=models, prefix=".quantize-") as scratch:
+            return _quantize(manifest, pipeline, models, Path(scratch), options, report)
+    except (ManifestError, RuntimeFailure, NotFiniteError) as error:
         raise ExportError(str(error)) from None
-    quality.require_quantizable(str(manifest.parent), pipeline.manifest)
+
+
+def _quantize(
+    manifest: Path, pipeline: Pipeline, models: Path, staged: Path, options: QualityOptions, report: Report
+) -> Path:
+    """Writes everything below `staged`, holds it to the bounds, loads and installs it."""
     texts = tuple(dict.fromkeys([*pipeline.manifest.example_prompts, *PROMPTS]))
-    with tempfile.TemporaryDirectory(dir=models, prefix=".quantize-") as scratch:
-        staged = Path(scratch)
-        place = staged / "repository" / f"{pipeline.manifest.components[Component.DENOISER].model}_{SCHEME}"
-        target = place / str(pipeline.manifest.components[Component.DENOISER].version) / "model.onnx"
-        target.parent.mkdir(parents=True)
-        report("calibrating: the ranges of activations in all steps of a few pictures")
-        calibration = _calibration(pipeline, texts)
-        _quantize_file(pipeline.files[Component.DENOISER], target, calibration)
-        _copy_config(pipeline.files[Component.DENOISER].parents[1] / "config.pbtxt", place)
-        report(_check_batches(pipeline, target))
-        found = _compare(pipeline, target, texts, options, report)
-        made = _write_manifest(manifest, pipeline, staged, target, calibration[0], found)
-        try:
-            _load(made, models, staged)
-        except ManifestError as error:
-            raise ExportError(f"the server would refuse what was made: {error}") from None
-        return _install(staged, models, place, made)
+    denoiser = pipeline.manifest.components[Component.DENOISER]
+    place = staged / "repository" / f"{denoiser.model}_{SCHEME}"
+    target = place / str(denoiser.version) / "model.onnx"
+    target.parent.mkdir(parents=True)
+    own = _own_pictures(pipeline, texts, report)
+    report("calibrating: the ranges of activations in all steps of a few pictures")
+    calibration = _calibration(pipeline, texts, own)
+    network.write_int8(pipeline.files[Component.DENOISER], target, calibration)
+    _copy_config(pipeline.files[Component.DENOISER].parents[1] / "config.pbtxt", place)
+    report(_check_batches(pipeline, target))
+    found = _compare(pipeline, target, texts, own, options, report)
+    made = _write_manifest(manifest, pipeline, staged, target, _largest_row(calibration), found)
+    try:
+        _load(made, models, staged)
+    except ManifestError as error:
+        raise ExportError(f"the server would refuse what was made: {error}") from None
+    return _install(staged, models, place, made)
 
 
-def _calibration(pipeline: Pipeline, texts: Sequence[str]) -> list[Inputs]:
+def _own_pictures(pipeline: Pipeline, texts: Sequence[str], report: Report) -> Mapping[SizeOffer, Sequence[Pixels]]:
+    """Pictures of each size that the denoiser can be given, where it takes any: drawn from prompts alone."""
+    if not conditions.takes_pictures(pipeline.manifest):
+        return {}
+    report("drawing pictures to give to the denoiser")
+    offline, seeds = OfflinePipeline(pipeline), range(OWN_SEED, OWN_SEED + OWN_PICTURES)
+    prompts = [texts[number % len(texts)] for number in range(OWN_PICTURES)]
+    return {
+        size: list(
+            offline.pictures(prompts, seeds, size=size, conditions=[conditions.plain(pipeline, size)] * OWN_PICTURES)
+        )
+        for size in pipeline.manifest.sizes
+    }
+
+
+def _calibration(pipeline: Pipeline, texts: Sequence[str], own: Mapping[SizeOffer, Sequence[Pixels]]) -> list[Inputs]:
     """Inputs of the denoiser in all steps of some pictures, a row each with its prompt and without."""
     inputs: list[Inputs] = []
-    chosen = [texts[number % len(texts)] for number in range(CALIBRATION_PICTURES)]
-    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION_PICTURES)
-    OfflinePipeline(pipeline).pictures(chosen, seeds, watch=inputs.append)
+    count = conditions.least_wishes(pipeline.manifest, CALIBRATION_PICTURES)
+    chosen = [texts[number % len(texts)] for number in range(count)]
+    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + count)
+    _drawn(OfflinePipeline(pipeline), conditions.wishes(pipeline, chosen, seeds, own), inputs.append)
     return inputs
 
 
-class _Reader(CalibrationDataReader):
-    def __init__(self, inputs: Sequence[Inputs]) -> None:
-        self._rest: Iterator[Inputs] = iter(inputs)
+def _drawn(
+    offline: OfflinePipeline, wishes: Sequence[Wish], watch: Callable[[Inputs], None] = lambda inputs: None
+) -> list[Pictures]:
+    """The pictures of wishes, by kind."""
+    return [
+        offline.pictures(
+            [wish.prompt for wish in of_kind],
+            [wish.seed for wish in of_kind],
+            watch,
+            of_kind[0].size,
+            [wish.conditions for wish in of_kind],
+        )
+        for of_kind in _by_kind(wishes)
+    ]
 
-    def get_next(self) -> Inputs | None:
-        return next(self._rest, None)
+
+def _by_kind(wishes: Sequence[Wish]) -> list[list[Wish]]:
+    return [[wish for wish in wishes if wish.kind == kind] for kind in dict.fromkeys(wish.kind for wish in wishes)]
 
 
-def _quantize_file(source: Path, target: Path, calibration: Sequence[Inputs]) -> None:
-    """Writes the network of `source` with integers."""
-    is_large = source.with_name(DATA_FILE).is_file()
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        unfolded = Path(scratch) / "model.onnx"
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # casts weights to float
-        options.optimized_model_filepath = str(unfolded)
-        options.log_severity_level = 3
-        if is_large:
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", DATA_FILE)
-        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        logging.disable(logging.WARNING)  # the library advises a preparation that was just made
-        try:
-            quantize_static(
-                unfolded,
-                target,
-                _Reader(calibration),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=OPERATORS,
-                per_channel=True,
-                reduce_range=True,  # 7 bits: CPUs without VNNI add products in 16 bits, which saturate
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
-        finally:
-            logging.disable(logging.NOTSET)
-    model = onnx.load(target)
-    del model.metadata_props[:]
-    target.write_bytes(model.SerializeToString(deterministic=True))
+def _largest_row(calibration: Sequence[Inputs]) -> Inputs:
+    """Inputs of one row that takes most memory: of the largest size, with all control networks that a row has."""
+
+    def taken(inputs: Inputs, row: int) -> tuple[int, int]:
+        acting = int(np.count_nonzero(inputs[CONTROL_SCALES_SOURCE][row])) if CONTROL_SCALES_SOURCE in inputs else 0
+        return sum(values[row].nbytes for values in inputs.values()), acting
+
+    inputs, row = max(
+        ((inputs, row) for inputs in calibration for row in range(len(next(iter(inputs.values()))))),
+        key=lambda at: taken(*at),
+    )
+    return {name: values[row : row + 1] for name, values in inputs.items()}
 
 
 def _copy_config(source: Path, place: Path) -> None:
@@ -169,7 +193,7 @@ def _check_batches(pipeline: Pipeline, target: Path) -> str:
     curves = [
         quality.require_batches(file.parents[1].name, runtime.measured(file, pipeline, bound), bound) for file in files
     ]
-    size = [f"{file.stat().st_size / 2**20:.1f}" for file in files]
+    size = [f"{_num_bytes(file) / 2**20:.1f}" for file in files]
     costs = ", ".join(
         f"{rows}: {1e3 * now:.1f} of {1e3 * before:.1f}"
         for rows, before, now in zip(curves[0].rows, curves[0].seconds, curves[1].seconds, strict=True)
@@ -177,8 +201,19 @@ def _check_batches(pipeline: Pipeline, target: Path) -> str:
     return f"{size[1]} of {size[0]} MiB; batches bit-equal to their rows; ms by rows {costs}"
 
 
+def _num_bytes(file: Path) -> int:
+    """Of a network, with the file of its weights if there is one."""
+    data = file.with_name(DATA_FILE)
+    return file.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+
 def _compare(
-    pipeline: Pipeline, target: Path, texts: Sequence[str], options: QualityOptions, report: Report
+    pipeline: Pipeline,
+    target: Path,
+    texts: Sequence[str],
+    own: Mapping[SizeOffer, Sequence[Pixels]],
+    options: QualityOptions,
+    report: Report,
 ) -> QualityGate:
     """Draws pictures with both denoisers and holds them to the bounds.
 
@@ -187,9 +222,10 @@ def _compare(
     """
     prompts = [texts[-1 - number % len(texts)] for number in range(options.num_pictures)]
     report(f"drawing {options.num_pictures} pictures with each denoiser")
-    seeds = range(options.num_pictures)
-    of_float, of_int8 = (OfflinePipeline(pipeline, at).pictures(prompts, seeds) for at in (None, target))
-    found = quality.compared(prompts, of_float, of_int8, options)
+    wishes = conditions.wishes(pipeline, prompts, range(options.num_pictures), own)
+    of_float, of_int8 = (_drawn(OfflinePipeline(pipeline, at), wishes) for at in (None, target))
+    prompts_of = [[wish.prompt for wish in of_kind] for of_kind in _by_kind(wishes)]
+    found = quality.compared(list(map(DrawnTwice, prompts_of, of_float, of_int8)), options)
     report(_said(found))
     quality.require(found)
     return found
@@ -212,6 +248,8 @@ def _write_manifest(
         "sha256": sha256(target),
         "row_bytes": memory.row_bytes(target, example),
     }
+    if (data := target.with_name(DATA_FILE)).is_file():
+        denoiser["data_sha256"] = sha256(data)
     made_by = f"onnxruntime {onnxruntime.__version__}"
     whole |= {
         "revision": revision,
