@@ -318,8 +318,8 @@ def test_only_what_works_is_offered(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"name": "SD15"}, "--name: String should match"),
-        ({"revision": "Version 2"}, "--revision: String should match"),
+        ({"name": "SD15"}, "--name 'SD15': must have lower-case letters"),
+        ({"revision": "Version 2"}, "--revision 'Version 2': must have lower-case letters"),
         ({"steps": 0}, "--steps: Input should be greater than 0"),
         ({"guidance_scale": 0.0}, "--guidance-scale: Input should be greater than or equal to 1"),
         ({"guidance_scale": 0.0}, "--guidance-scale 0: what diffusers calls 0, a model without guidance, is 1 here"),

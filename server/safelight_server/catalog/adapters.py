@@ -1,8 +1,8 @@
 """Adapters (LoRA, Hu et al. 2021): reads their files, and follows a folder of them while the server runs.
 
 `<folder>/<name>/` has one `*.safetensors` as peft, diffusers or kohya's scripts
-write it, and beside a file of peft's `adapter_config.json`. An adapter is
-offered for each model whose room (`manifest.AdapterRoom`) it fits: every layer
+write it, and beside a file of peft's `adapter_config.json`. A file
+`<folder>/<name>.safetensors` is an adapter too. An adapter is offered for each model whose room (`manifest.AdapterRoom`) it fits: every layer
 that it changes is one of the model's targets. A key that is not understood is
 never skipped: the adapter is refused by its name.
 """
@@ -38,6 +38,9 @@ MAX_ADAPTERS = 256
 """Adapters of the folder that are offered: those first by name."""
 MAX_CONFIG_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_FORM = "letters, digits, '.', '_' and '-', at most 64, a letter or a digit first"
+SUFFIX = ".safetensors"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 PART = re.compile(
     r"(?P<layer>.+?)(\.lora_A(\.default)?|(\.lora[._]|_lora\.)down|\.lora_B(\.default)?|(\.lora[._]|_lora\.)up)\.weight"
 )
@@ -162,8 +165,8 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
             raise ValueError
     except SafetensorsError as error:
         raise AdapterFileError(str(error)) from None
-    except (ValueError, RecursionError):
-        raise AdapterFileError("its configuration is no JSON object") from None
+    except (ValueError, TypeError, RecursionError):
+        raise AdapterFileError("has a configuration that is no JSON object") from None
     halves: dict[str, dict[str, FloatArray]] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
@@ -340,13 +343,13 @@ class AdapterLibrary:
             for model in self._rooms:
                 why = found if isinstance(found, str) else self._misfit(found, model)
                 if isinstance(found, str) or why:
-                    misfits[model][path.name] = why
+                    misfits[model].setdefault(_name(path), why)
                 else:
-                    offered[model][path.name] = found
+                    offered[model][found.name] = found
             if files[path] != self._files.get(path):
-                self._tell(path.name, found, offered, misfits)
+                self._tell(path, found, offered, misfits)
         for path in self._files.keys() - files.keys():
-            log.info("adapter_removed", adapter=path.name)
+            log.info("adapter_removed", adapter=_name(path))
         self._files, self._offered, self._misfits = files, offered, misfits
 
     def _misfit(self, file: AdapterFile, model: str) -> str:
@@ -362,48 +365,67 @@ class AdapterLibrary:
 
     def _tell(
         self,
-        name: str,
+        path: Path,
         found: AdapterFile | str,
         offered: Mapping[str, Mapping[str, AdapterFile]],
         misfits: Mapping[str, Mapping[str, str]],
     ) -> None:
-        models = [model for model, there in offered.items() if name in there]
+        name = _name(path)
+        models = [model for model, there in offered.items() if there.get(name) is found]
         if models and isinstance(found, AdapterFile):
             facts = {"rank": found.rank, "changes_text": found.changes_text, "sha256": found.sha256}
             log.info("adapter_offered", adapter=name, models=models, **facts)
+        elif isinstance(found, str):
+            log.warning("adapter_not_offered", adapter=name, file=str(path), reason=found)
         else:
             log.warning("adapter_not_offered", adapter=name, reasons={at: why[name] for at, why in misfits.items()})
 
     def _look(self) -> Iterator[tuple[Path, tuple[object, AdapterFile | str]]]:
         assert self._folder is not None
         try:
-            folders = sorted(path for path in self._folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+            there = [path for path in self._folder.iterdir() if _is_adapter(path)]
         except OSError:
             return
-        if len(folders) > MAX_ADAPTERS and len(folders) != self._num_there:
-            log.warning("too_many_adapters", folder=str(self._folder), offered=MAX_ADAPTERS, there=len(folders))
-        self._num_there = len(folders)
-        for path in folders[:MAX_ADAPTERS]:
-            stamp = _stamp(path)
+        there.sort(key=lambda path: (_name(path), path.suffix == SUFFIX))  # of one name the folder first
+        if len(there) > MAX_ADAPTERS and len(there) != self._num_there:
+            log.warning("too_many_adapters", folder=str(self._folder), offered=MAX_ADAPTERS, there=len(there))
+        self._num_there = len(there)
+        last = ""
+        for path in there[:MAX_ADAPTERS]:
+            is_second, last = _name(path) == last, _name(path)
+            stamp = _stamp(path), is_second
             known = self._files.get(path)
             if known is not None and known[0] == stamp:
                 yield path, known
                 continue
             try:
-                found: AdapterFile | str = self._read_facts(path)
+                found: AdapterFile | str = self._read_facts(path, is_second)
             except (AdapterFileError, OSError) as error:
-                found = str(error.strerror if isinstance(error, OSError) else error)
+                found = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
             yield path, (stamp, found)
 
-    def _read_facts(self, path: Path) -> AdapterFile:
+    def _read_facts(self, path: Path, is_second: bool) -> AdapterFile:
+        """Reads an adapter. `is_second`: another one has its name."""
+        name = _name(path)
+        if NAME.fullmatch(name) is None:
+            raise AdapterFileError(f"has a name that requests cannot say; rename it: {NAME_FORM}")
+        if is_second:
+            raise AdapterFileError(f"has the name of the folder {name} beside it; rename one of them")
         data, config = self._read(path)
         layers = parse(data, config)
-        return AdapterFile(path.name, path, _sha256(data, config), {at: layer.shape for at, layer in layers.items()})
+        return AdapterFile(name, path, _sha256(data, config), {at: layer.shape for at, layer in layers.items()})
 
     def _read(self, path: Path) -> tuple[bytes, bytes]:
-        weights = sorted(path.glob("*.safetensors"))
+        is_folder = path.is_dir()
+        files = sorted(file for file in path.iterdir() if file.name[0] != ".") if is_folder else [path]
+        weights = [file for file in files if file.suffix == SUFFIX]
+        if not weights and any(file.suffix in PICKLES for file in files):
+            raise AdapterFileError(f"is a pickle, which can run code when it is read; convert it to *{SUFFIX}")
         if len(weights) != 1:
-            raise AdapterFileError(f"must have one file *.safetensors; there are {len(weights)}")
+            named = f": {', '.join(file.name for file in weights[:4])}" if weights else ""
+            raise AdapterFileError(f"must have one file *{SUFFIX}; there are {len(weights)}{named}")
+        if not is_folder:
+            return read_regular_file(path, self._max_bytes), b""
         config = path / "adapter_config.json"
         settings = read_regular_file(config, MAX_CONFIG_BYTES) if config.exists() else b""
         return read_regular_file(weights[0], self._max_bytes), settings
@@ -448,10 +470,24 @@ class AdapterLibrary:
             self._kept.popitem(last=False)
 
 
+def _is_adapter(path: Path) -> bool:
+    """Whether something in the folder of adapters should be one. Hidden files are other programs' own."""
+    return not path.name.startswith(".") and (path.is_dir() or path.suffix in (SUFFIX, *PICKLES))
+
+
+def _name(path: Path) -> str:
+    """The name of an adapter: that of its folder, or of its file."""
+    return path.name.removesuffix(SUFFIX)
+
+
 def _stamp(path: Path) -> object:
-    """What changes when a file in a folder is written, replaced or removed."""
-    found = []
-    for file in sorted(path.iterdir()) if path.is_dir() else ():
+    """What changes when a file, or one in a folder, is written, replaced or removed."""
+    found: list[object] = []
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:  # it has just been removed, or may not be read
+        return error.errno
+    for file in files:
         try:
             status = file.stat()
         except OSError:

@@ -38,7 +38,7 @@ def parse(data: bytes) -> tuple[dict[str, FloatArray], dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         body = memoryview(data)[LENGTH_BYTES + length :]
         return {name: _tensor(name, entry, body) for name, entry in header.items()}, dict(metadata)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise SafetensorsError("is no safetensors file") from None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from safelight_server.catalog.catalog import ONLY_FLOW, check
 from safelight_server.catalog.manifest import (
@@ -71,6 +72,12 @@ OPTION_OF = {
     "controls": "--control",
 }
 """The option that sets a field of the manifest, for messages."""
+FORMS = {
+    "--name": "must have lower-case letters, digits and '-', a letter first, at most 63",
+    "--revision": "must have lower-case letters, digits, '.' and '-', a letter or a digit first, at most 63",
+    "--control": "the name must have lower-case letters, digits, '.', '_' and '-', a letter or a digit first, at most 63",
+}
+"""What the value of an option that is a name must be, for messages."""
 
 
 class ExportFormat(enum.StrEnum):
@@ -376,9 +383,15 @@ def faults_of(manifest: Mapping[str, Any]) -> list[str]:
     try:
         made = Manifest.model_validate(manifest)
     except ValidationError as error:
-        places = [(".".join(str(part) for part in at["loc"]), at["msg"]) for at in error.errors()]
-        return [f"{_option(place)}: {what}" for place, what in places]
+        return list(map(_fault_of, error.errors()))
     return [f"{_option(place)}: {what}" for place, _, what in (fault.partition(": ") for fault in check(made))]
+
+
+def _fault_of(error: ErrorDetails) -> str:
+    option = _option(".".join(str(part) for part in error["loc"]))
+    if error["type"] == "string_pattern_mismatch" and option in FORMS:
+        return f"{option} {error['input']!r}: {FORMS[option]}"
+    return f"{option}: {error['msg']}"
 
 
 def _option(place: str) -> str:
@@ -417,6 +430,8 @@ def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Fi
         found = {name: weights.find(source.folder / name, variant, findings) for name in source.family.networks}
         return {name: files.num_values for name, files in found.items()}
     fault, _ = weights.check(checkpoint)
+    if not fault and weights.is_adapter(checkpoint):
+        fault = "is an adapter (LoRA) and no model: put it into a folder in MODELS_DIR/adapters (docs/adapters.md)"
     if fault:
         findings.faults.append(f"{checkpoint} {fault}")
     return {}
@@ -437,6 +452,10 @@ def _controls(
     if len(options.controls) > MAX_CONTROLS:
         findings.faults.append(f"--control: there are {len(options.controls)}; at most {MAX_CONTROLS} are taken")
     for name, folder in options.controls[:MAX_CONTROLS]:
+        if not (folder / "config.json").is_file():
+            what = "is no folder of diffusers with a ControlNetModel: it has no config.json"
+            findings.faults.append(f"--control {name}={folder}: {what}")
+            continue
         networks.judge_control(source, name, read_json(folder / "config.json"), factor, findings)
         found[f"--control {name}"] = weights.find(folder, options.variant, findings).num_values
     return found if is_counted else {}

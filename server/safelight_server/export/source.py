@@ -170,6 +170,8 @@ INDEX_KEYS = {
     "requires_aesthetics_score",
 }
 """Keys of model_index.json beside the components."""
+SNAPSHOT = "snapshots/*/model_index.json"
+"""Where a download lies within the folder that is named after the model."""
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -241,7 +243,7 @@ def read(folder: Path, findings: Findings) -> Source:
     if not (folder / "model_index.json").is_file():
         raise ExportError(
             f"{folder} is no diffusers folder: it has no model_index.json"
-            + "".join(f"; {file.name} in it is a checkpoint: give that file" for file in _checkpoints(folder)[:1])
+            + "".join(f"; {hint}" for hint in _hints(folder)[:1])
         )
     index = read_json(folder / "model_index.json")
     family = _family(folder, index)
@@ -306,12 +308,16 @@ def read_json(file: Path) -> Config:
         found = json.loads(file.read_bytes())
     except OSError as error:
         raise ExportError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{file} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ExportError(f"{file} is not a JSON object")
     return found
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if file.suffix in CHECKPOINTS) if folder.is_dir() else []
+def _hints(folder: Path) -> list[str]:
+    """What is in a folder without a model_index.json that the user may have meant, the likeliest first."""
+    found = ["it was exported already: serve it, or add --quantize"] if (folder / "pipeline.json").is_file() else []
+    found += [f"{at.parent} is one" for at in (*folder.glob("*/model_index.json"), *folder.glob(SNAPSHOT))]
+    checkpoints = sorted(file.name for file in folder.glob("*") if file.suffix in CHECKPOINTS)
+    return found + [f"{name} in it is a checkpoint: give that file" for name in checkpoints]

@@ -56,6 +56,7 @@ def model_message(
             max_guidance_scale=manifest.limits.max_guidance_scale,
             max_outputs=manifest.limits.max_outputs,
             max_prompt_tokens=max(file.max_tokens for file in manifest.tokenizers),
+            max_adapter_rank=0 if manifest.adapters is None else manifest.adapters.max_rank,
         ),
         notes=[*manifest.notes, *_tolerance_note(runtime.batch_tolerance(pipeline.name))],
         step_times=_times(runtime.cost(pipeline.name, Component.DENOISER)),
@@ -65,7 +66,12 @@ def model_message(
             if component is not Component.DENOISER and component in manifest.components
         ],
         tasks=_tasks(pipeline),
-        adapters=[models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank) for at in adapters],
+        adapters=[
+            models_pb2.AdapterInfo(
+                name=at.name, sha256=at.sha256, rank=at.rank, changes_text_encoders=at.changes_text
+            )
+            for at in adapters
+        ],
         controls=[models_pb2.ControlInfo(name=name) for name in manifest.controls],
         image_prompt=manifest.image_prompt is not None,
     )
