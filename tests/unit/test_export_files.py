@@ -47,14 +47,19 @@ def test_an_adapter_is_told_from_a_model(tmp_path: Path, prefix: str) -> None:
     }
     (tmp_path / "adapter.safetensors").write_bytes(safetensors(given_keys))
     assert weights.is_adapter(tmp_path / "adapter.safetensors")
-    plain = {"model.diffusion_model.input_blocks.0.0.weight": matrices(2).popitem()[1], "exploratory.weight": matrices(1).popitem()[1]}
+    plain = {
+        "model.diffusion_model.input_blocks.0.0.weight": matrices(2).popitem()[1],
+        "exploratory.weight": matrices(1).popitem()[1],
+    }
     (tmp_path / "model.safetensors").write_bytes(safetensors(plain))
     assert not weights.is_adapter(tmp_path / "model.safetensors")
     (tmp_path / "model.ckpt").write_bytes(b"PK")
     assert not weights.is_adapter(tmp_path / "model.ckpt")
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "7", '{"weight_map": 7}', '{"weight_map": {"a": []}}', "{}", "[" * 100_000])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "7", '{"weight_map": 7}', '{"weight_map": {"a": []}}', "{}", "[" * 100_000]
+)
 def test_a_list_of_parts_that_is_none_is_a_fault(tmp_path: Path, index: str) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
@@ -67,7 +72,12 @@ def test_a_list_of_parts_that_is_none_is_a_fault(tmp_path: Path, index: str) -> 
 @limits(deadline=None)
 def test_a_header_of_any_form_is_judged(entry: object, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("header") / "model.safetensors"
-    for header in (entry, {"x": entry}, {"x": {"shape": [1], "data_offsets": entry}}, {"x": {"shape": entry, "data_offsets": [0, 4]}}):
+    for header in (
+        entry,
+        {"x": entry},
+        {"x": {"shape": [1], "data_offsets": entry}},
+        {"x": {"shape": entry, "data_offsets": [0, 4]}},
+    ):
         text = json.dumps(header).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
         fault, _ = weights.check(file)

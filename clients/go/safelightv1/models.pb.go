@@ -634,10 +634,12 @@ type AdapterInfo struct {
 	// pictures.
 	Sha256 string `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	// Its rank. The model bounds the sum of the ranks of a request's adapters. A
-	// request beyond that is refused, and the error names the bound.
-	Rank          int32 `protobuf:"varint,3,opt,name=rank,proto3" json:"rank,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// request beyond that is refused: see `ModelLimits.max_adapter_rank`.
+	Rank int32 `protobuf:"varint,3,opt,name=rank,proto3" json:"rank,omitempty"`
+	// Whether it changes the text encoders, alone or beside the denoiser.
+	ChangesTextEncoders bool `protobuf:"varint,4,opt,name=changes_text_encoders,json=changesTextEncoders,proto3" json:"changes_text_encoders,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *AdapterInfo) Reset() {
@@ -689,6 +691,13 @@ func (x *AdapterInfo) GetRank() int32 {
 		return x.Rank
 	}
 	return 0
+}
+
+func (x *AdapterInfo) GetChangesTextEncoders() bool {
+	if x != nil {
+		return x.ChangesTextEncoders
+	}
+	return false
 }
 
 // A picture size.
@@ -874,7 +883,8 @@ func (x *ModelDefaults) GetSampler() *SamplerSpec {
 	return nil
 }
 
-// Bounds of a model; a request beyond one of the first three is refused.
+// Bounds of a model; a request beyond one of them is refused, but for that of
+// prompts.
 type ModelLimits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Maximum number of denoising steps.
@@ -886,8 +896,11 @@ type ModelLimits struct {
 	// Number of tokens in the text encoder's context. A longer prompt is cut, and
 	// `Accepted.warnings` says so.
 	MaxPromptTokens int32 `protobuf:"varint,4,opt,name=max_prompt_tokens,json=maxPromptTokens,proto3" json:"max_prompt_tokens,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Maximum sum of the ranks of a request's adapters. 0: the model takes no
+	// adapters.
+	MaxAdapterRank int32 `protobuf:"varint,5,opt,name=max_adapter_rank,json=maxAdapterRank,proto3" json:"max_adapter_rank,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ModelLimits) Reset() {
@@ -944,6 +957,13 @@ func (x *ModelLimits) GetMaxOutputs() int32 {
 func (x *ModelLimits) GetMaxPromptTokens() int32 {
 	if x != nil {
 		return x.MaxPromptTokens
+	}
+	return 0
+}
+
+func (x *ModelLimits) GetMaxAdapterRank() int32 {
+	if x != nil {
+		return x.MaxAdapterRank
 	}
 	return 0
 }
@@ -1107,11 +1127,12 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\bcontrols\x18\x13 \x03(\v2\x19.safelight.v1.ControlInfoR\bcontrols\x12!\n" +
 	"\fimage_prompt\x18\x14 \x01(\bR\vimagePrompt\"!\n" +
 	"\vControlInfo\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"M\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x81\x01\n" +
 	"\vAdapterInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\tR\x06sha256\x12\x12\n" +
-	"\x04rank\x18\x03 \x01(\x05R\x04rank\">\n" +
+	"\x04rank\x18\x03 \x01(\x05R\x04rank\x122\n" +
+	"\x15changes_text_encoders\x18\x04 \x01(\bR\x13changesTextEncoders\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
 	"\theight_px\x18\x02 \x01(\x05R\bheightPx\"\xa3\x01\n" +
@@ -1122,13 +1143,14 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\rModelDefaults\x12.\n" +
 	"\x13num_inference_steps\x18\x01 \x01(\x05R\x11numInferenceSteps\x12%\n" +
 	"\x0eguidance_scale\x18\x02 \x01(\x02R\rguidanceScale\x123\n" +
-	"\asampler\x18\x03 \x01(\v2\x19.safelight.v1.SamplerSpecR\asampler\"\xbf\x01\n" +
+	"\asampler\x18\x03 \x01(\v2\x19.safelight.v1.SamplerSpecR\asampler\"\xe9\x01\n" +
 	"\vModelLimits\x125\n" +
 	"\x17max_num_inference_steps\x18\x01 \x01(\x05R\x14maxNumInferenceSteps\x12,\n" +
 	"\x12max_guidance_scale\x18\x02 \x01(\x02R\x10maxGuidanceScale\x12\x1f\n" +
 	"\vmax_outputs\x18\x03 \x01(\x05R\n" +
 	"maxOutputs\x12*\n" +
-	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"[\n" +
+	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
+	"\x10max_adapter_rank\x18\x05 \x01(\x05R\x0emaxAdapterRank\"[\n" +
 	"\rComponentTime\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12,\n" +
 	"\x05times\x18\x02 \x03(\v2\x16.safelight.v1.StepTimeR\x05times\"\\\n" +

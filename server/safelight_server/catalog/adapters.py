@@ -204,11 +204,13 @@ def _low_rank(
     if alpha is None:
         alpha = _alpha(layer, settings)
     scaling = 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    if not math.isfinite(scaling):
-        raise AdapterFileError(f"has an alpha of {layer} that is not finite")
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = up.reshape(-1, rank) * np.float32(scaling)
+    if not np.isfinite(scaled).all():
+        raise AdapterFileError(f"has an alpha of {layer} that is not finite, or too large")
     if down.ndim == 4:
         down = down.transpose(0, 2, 3, 1)
-    return LowRankLayer(down.reshape(rank, -1), up.reshape(-1, rank) * np.float32(scaling), edge)
+    return LowRankLayer(down.reshape(rank, -1), scaled, edge)
 
 
 def _go_together(down: FloatArray, up: FloatArray) -> bool:

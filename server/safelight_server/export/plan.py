@@ -38,6 +38,7 @@ from safelight_server.export.source import (
     read,
     read_json,
     scheduler_class,
+    type_faults,
 )
 from safelight_server.sampler import NoiseSchedule
 
@@ -456,7 +457,11 @@ def _controls(
             what = "is no folder of diffusers with a ControlNetModel: it has no config.json"
             findings.faults.append(f"--control {name}={folder}: {what}")
             continue
-        networks.judge_control(source, name, read_json(folder / "config.json"), factor, findings)
+        config = read_json(folder / "config.json")
+        if faults := type_faults(f"--control {name}: config.json", config):
+            findings.faults += faults
+            continue
+        networks.judge_control(source, name, config, factor, findings)
         found[f"--control {name}"] = weights.find(folder, options.variant, findings).num_values
     return found if is_counted else {}
 

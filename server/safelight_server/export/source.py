@@ -170,6 +170,8 @@ INDEX_KEYS = {
     "requires_aesthetics_score",
 }
 """Keys of model_index.json beside the components."""
+MAX_WHOLE = 1 << 24
+"""Far above any size of a network, and small enough to compute with."""
 SNAPSHOT = "snapshots/*/model_index.json"
 """Where a download lies within the folder that is named after the model."""
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -260,12 +262,55 @@ def read(folder: Path, findings: Findings) -> Source:
     findings.require()
     configs = {name: read_json(folder / name / "config.json") for name in family.networks}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    for name, config in configs.items():
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        findings.faults += type_faults(f"{name}/{file}", config)
+    findings.require()
     for name in NOT_EXPORTED:
         if name != "feature_extractor" and _class_of(index, name):
             findings.notes.append(f"{name} ({_class_of(index, name)}) is not exported: pictures do not pass through it")
     if index.get("add_watermarker"):
         findings.notes.append("add_watermarker is not served: pictures have no watermark")
     return Source(folder, family, index, configs, licence_of(folder / "README.md"))
+
+
+def type_faults(file: str, config: Config) -> list[str]:
+    """The faults of the values of a configuration that are computed with: each must be of the type that diffusers has."""
+    return [
+        f"{file}: {key} {config[key]!r} cannot be read: it must be {what}"
+        for keys, is_good, what in _FORMS
+        for key in keys
+        if key in config and not is_good(config[key])
+    ]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_WHOLE
+
+
+def _are_whole(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_whole, value))
+
+
+_FORMS = (
+    (
+        "hidden_size projection_dim d_model latent_channels in_channels patch_size pos_embed_max_size"
+        " max_position_embeddings num_train_timesteps steps_offset cap_feat_dim dim n_heads".split(),
+        _is_whole,
+        "a whole number",
+    ),
+    (("beta_start", "beta_end"), lambda value: isinstance(value, int | float) and 0 <= value < 1, "from 0 to below 1"),
+    (
+        "block_out_channels decoder_block_out_channels axes_dims axes_lens conditioning_embedding_out_channels".split(),
+        lambda value: value is None or _are_whole(value),
+        "a list of whole numbers",
+    ),
+    (
+        ("sample_size",),
+        lambda value: value is None or _is_whole(value) or (_are_whole(value) and len(value) == 2),
+        "a whole number, or two of them",
+    ),
+)
 
 
 def _family(folder: Path, index: Config) -> Family:

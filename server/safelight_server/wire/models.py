@@ -67,9 +67,7 @@ def model_message(
         ],
         tasks=_tasks(pipeline),
         adapters=[
-            models_pb2.AdapterInfo(
-                name=at.name, sha256=at.sha256, rank=at.rank, changes_text_encoders=at.changes_text
-            )
+            models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank, changes_text_encoders=at.changes_text)
             for at in adapters
         ],
         controls=[models_pb2.ControlInfo(name=name) for name in manifest.controls],

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from safelight.v1 import generation_pb2 as safelight_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19safelight/v1/models.proto\x12\x0csafelight.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dsafelight/v1/generation.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x87\x01\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.safelight.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x33\n\x0bunavailable\x18\x03 \x03(\x0b\x32\x1e.safelight.v1.UnavailableModel\"B\n\x10UnavailableModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.safelight.v1.Model\"\x81\x05\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0f\n\x07license\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x06 \x01(\t\x12\x12\n\nis_default\x18\x07 \x01(\x08\x12!\n\x05sizes\x18\x08 \x03(\x0b\x32\x12.safelight.v1.Size\x12,\n\x08samplers\x18\t \x03(\x0b\x32\x1a.safelight.v1.SamplerOffer\x12\x34\n\x0fpreview_methods\x18\n \x03(\x0e\x32\x1b.safelight.v1.PreviewMethod\x12\x13\n\x0bmedia_types\x18\x0b \x03(\t\x12-\n\x08\x64\x65\x66\x61ults\x18\x0c \x01(\x0b\x32\x1b.safelight.v1.ModelDefaults\x12)\n\x06limits\x18\r \x01(\x0b\x32\x19.safelight.v1.ModelLimits\x12*\n\nstep_times\x18\x0e \x03(\x0b\x32\x16.safelight.v1.StepTime\x12\x34\n\x0f\x63omponent_times\x18\x0f \x03(\x0b\x32\x1b.safelight.v1.ComponentTime\x12\r\n\x05notes\x18\x10 \x03(\t\x12!\n\x05tasks\x18\x11 \x03(\x0e\x32\x12.safelight.v1.Task\x12+\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x19.safelight.v1.AdapterInfo\x12+\n\x08\x63ontrols\x18\x13 \x03(\x0b\x32\x19.safelight.v1.ControlInfo\x12\x14\n\x0cimage_prompt\x18\x14 \x01(\x08\"\x1b\n\x0b\x43ontrolInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x0b\x41\x64\x61pterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"+\n\x04Size\x12\x10\n\x08width_px\x18\x01 \x01(\x05\x12\x11\n\theight_px\x18\x02 \x01(\x05\"\x83\x01\n\x0cSamplerOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x0fsigma_schedules\x18\x02 \x03(\x0e\x32\x1b.safelight.v1.SigmaSchedule\x12/\n\x08spacings\x18\x03 \x03(\x0e\x32\x1d.safelight.v1.TimestepSpacing\"p\n\rModelDefaults\x12\x1b\n\x13num_inference_steps\x18\x01 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x02 \x01(\x02\x12*\n\x07sampler\x18\x03 \x01(\x0b\x32\x19.safelight.v1.SamplerSpec\"z\n\x0bModelLimits\x12\x1f\n\x17max_num_inference_steps\x18\x01 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x02 \x01(\x02\x12\x13\n\x0bmax_outputs\x18\x03 \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x04 \x01(\x05\"I\n\rComponentTime\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12%\n\x05times\x18\x02 \x03(\x0b\x32\x16.safelight.v1.StepTime\"I\n\x08StepTime\x12\x10\n\x08num_rows\x18\x01 \x01(\x05\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*b\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_TEXT_TO_IMAGE\x10\x01\x12\x17\n\x13TASK_IMAGE_TO_IMAGE\x10\x02\x12\x13\n\x0fTASK_INPAINTING\x10\x03\x32\xaa\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.safelight.v1.ListModelsRequest\x1a .safelight.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.safelight.v1.GetModelRequest\x1a\x1e.safelight.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19safelight/v1/models.proto\x12\x0csafelight.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dsafelight/v1/generation.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x87\x01\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.safelight.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x33\n\x0bunavailable\x18\x03 \x03(\x0b\x32\x1e.safelight.v1.UnavailableModel\"B\n\x10UnavailableModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.safelight.v1.Model\"\x81\x05\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0f\n\x07license\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x06 \x01(\t\x12\x12\n\nis_default\x18\x07 \x01(\x08\x12!\n\x05sizes\x18\x08 \x03(\x0b\x32\x12.safelight.v1.Size\x12,\n\x08samplers\x18\t \x03(\x0b\x32\x1a.safelight.v1.SamplerOffer\x12\x34\n\x0fpreview_methods\x18\n \x03(\x0e\x32\x1b.safelight.v1.PreviewMethod\x12\x13\n\x0bmedia_types\x18\x0b \x03(\t\x12-\n\x08\x64\x65\x66\x61ults\x18\x0c \x01(\x0b\x32\x1b.safelight.v1.ModelDefaults\x12)\n\x06limits\x18\r \x01(\x0b\x32\x19.safelight.v1.ModelLimits\x12*\n\nstep_times\x18\x0e \x03(\x0b\x32\x16.safelight.v1.StepTime\x12\x34\n\x0f\x63omponent_times\x18\x0f \x03(\x0b\x32\x1b.safelight.v1.ComponentTime\x12\r\n\x05notes\x18\x10 \x03(\t\x12!\n\x05tasks\x18\x11 \x03(\x0e\x32\x12.safelight.v1.Task\x12+\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x19.safelight.v1.AdapterInfo\x12+\n\x08\x63ontrols\x18\x13 \x03(\x0b\x32\x19.safelight.v1.ControlInfo\x12\x14\n\x0cimage_prompt\x18\x14 \x01(\x08\"\x1b\n\x0b\x43ontrolInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\x0b\x41\x64\x61pterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x1d\n\x15\x63hanges_text_encoders\x18\x04 \x01(\x08\"+\n\x04Size\x12\x10\n\x08width_px\x18\x01 \x01(\x05\x12\x11\n\theight_px\x18\x02 \x01(\x05\"\x83\x01\n\x0cSamplerOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x0fsigma_schedules\x18\x02 \x03(\x0e\x32\x1b.safelight.v1.SigmaSchedule\x12/\n\x08spacings\x18\x03 \x03(\x0e\x32\x1d.safelight.v1.TimestepSpacing\"p\n\rModelDefaults\x12\x1b\n\x13num_inference_steps\x18\x01 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x02 \x01(\x02\x12*\n\x07sampler\x18\x03 \x01(\x0b\x32\x19.safelight.v1.SamplerSpec\"\x94\x01\n\x0bModelLimits\x12\x1f\n\x17max_num_inference_steps\x18\x01 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x02 \x01(\x02\x12\x13\n\x0bmax_outputs\x18\x03 \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x04 \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\x05 \x01(\x05\"I\n\rComponentTime\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12%\n\x05times\x18\x02 \x03(\x0b\x32\x16.safelight.v1.StepTime\"I\n\x08StepTime\x12\x10\n\x08num_rows\x18\x01 \x01(\x05\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*b\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_TEXT_TO_IMAGE\x10\x01\x12\x17\n\x13TASK_IMAGE_TO_IMAGE\x10\x02\x12\x13\n\x0fTASK_INPAINTING\x10\x03\x32\xaa\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.safelight.v1.ListModelsRequest\x1a .safelight.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.safelight.v1.GetModelRequest\x1a\x1e.safelight.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'safelight.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASK']._serialized_start=1760
-  _globals['_TASK']._serialized_end=1858
+  _globals['_TASK']._serialized_start=1818
+  _globals['_TASK']._serialized_end=1916
   _globals['_LISTMODELSREQUEST']._serialized_start=106
   _globals['_LISTMODELSREQUEST']._serialized_end=164
   _globals['_LISTMODELSRESPONSE']._serialized_start=167
@@ -50,19 +50,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTROLINFO']._serialized_start=1105
   _globals['_CONTROLINFO']._serialized_end=1132
   _globals['_ADAPTERINFO']._serialized_start=1134
-  _globals['_ADAPTERINFO']._serialized_end=1191
-  _globals['_SIZE']._serialized_start=1193
-  _globals['_SIZE']._serialized_end=1236
-  _globals['_SAMPLEROFFER']._serialized_start=1239
-  _globals['_SAMPLEROFFER']._serialized_end=1370
-  _globals['_MODELDEFAULTS']._serialized_start=1372
-  _globals['_MODELDEFAULTS']._serialized_end=1484
-  _globals['_MODELLIMITS']._serialized_start=1486
-  _globals['_MODELLIMITS']._serialized_end=1608
-  _globals['_COMPONENTTIME']._serialized_start=1610
-  _globals['_COMPONENTTIME']._serialized_end=1683
-  _globals['_STEPTIME']._serialized_start=1685
-  _globals['_STEPTIME']._serialized_end=1758
-  _globals['_MODELSERVICE']._serialized_start=1861
-  _globals['_MODELSERVICE']._serialized_end=2031
+  _globals['_ADAPTERINFO']._serialized_end=1222
+  _globals['_SIZE']._serialized_start=1224
+  _globals['_SIZE']._serialized_end=1267
+  _globals['_SAMPLEROFFER']._serialized_start=1270
+  _globals['_SAMPLEROFFER']._serialized_end=1401
+  _globals['_MODELDEFAULTS']._serialized_start=1403
+  _globals['_MODELDEFAULTS']._serialized_end=1515
+  _globals['_MODELLIMITS']._serialized_start=1518
+  _globals['_MODELLIMITS']._serialized_end=1666
+  _globals['_COMPONENTTIME']._serialized_start=1668
+  _globals['_COMPONENTTIME']._serialized_end=1741
+  _globals['_STEPTIME']._serialized_start=1743
+  _globals['_STEPTIME']._serialized_end=1816
+  _globals['_MODELSERVICE']._serialized_start=1919
+  _globals['_MODELSERVICE']._serialized_end=2089
 # @@protoc_insertion_point(module_scope)

@@ -2333,9 +2333,12 @@ pub struct AdapterInfo {
     #[prost(string, tag = "2")]
     pub sha256: ::prost::alloc::string::String,
     /// Its rank. The model bounds the sum of the ranks of a request's adapters. A
-    /// request beyond that is refused, and the error names the bound.
+    /// request beyond that is refused: see `ModelLimits.max_adapter_rank`.
     #[prost(int32, tag = "3")]
     pub rank: i32,
+    /// Whether it changes the text encoders, alone or beside the denoiser.
+    #[prost(bool, tag = "4")]
+    pub changes_text_encoders: bool,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2373,7 +2376,8 @@ pub struct ModelDefaults {
     #[prost(message, optional, tag = "3")]
     pub sampler: ::core::option::Option<SamplerSpec>,
 }
-/// Bounds of a model; a request beyond one of the first three is refused.
+/// Bounds of a model; a request beyond one of them is refused, but for that of
+/// prompts.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct ModelLimits {
     /// Maximum number of denoising steps.
@@ -2389,6 +2393,10 @@ pub struct ModelLimits {
     /// `Accepted.warnings` says so.
     #[prost(int32, tag = "4")]
     pub max_prompt_tokens: i32,
+    /// Maximum sum of the ranks of a request's adapters. 0: the model takes no
+    /// adapters.
+    #[prost(int32, tag = "5")]
+    pub max_adapter_rank: i32,
 }
 /// Measured times of calls of one component.
 #[derive(Clone, PartialEq, ::prost::Message)]

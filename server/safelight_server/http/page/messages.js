@@ -62,6 +62,7 @@ export const MESSAGES = {
     name: [1, "string"],
     sha256: [2, "string"],
     rank: [3, "int32"],
+    changes_text_encoders: [4, "bool"],
   },
   "safelight.v1.ArtifactChunk": {
     output_index: [1, "int32"],
@@ -251,6 +252,7 @@ export const MESSAGES = {
     max_guidance_scale: [2, "float"],
     max_outputs: [3, "int32"],
     max_prompt_tokens: [4, "int32"],
+    max_adapter_rank: [5, "int32"],
   },
   "safelight.v1.OutputFinished": {
     output_index: [1, "int32"],
