@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from safelight_server.export import weights
-from safelight_server.export.source import ExportError, Findings, read
+from safelight_server.export.source import ExportError, Findings, read, type_faults
 
 from tests.support.adapters import matrices, safetensors
 
@@ -33,6 +33,9 @@ def test_a_folder_beside_the_one_that_was_meant_is_told(tmp_path: Path) -> None:
     (inner / "model_index.json").write_text("{}")
     assert refusal(tmp_path / "models--a--b").endswith(f"it has no model_index.json; {inner} is one")
     assert refusal(inner.parent).endswith(f"; {inner} is one")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    assert refusal(tmp_path / "unet").endswith("; it is one network, not a pipeline: give the folder of the pipeline")
     served = tmp_path / "served" / "pipelines" / "x" / "1"
     served.mkdir(parents=True)
     (served / "pipeline.json").write_text("{}")
@@ -66,6 +69,27 @@ def test_a_list_of_parts_that_is_none_is_a_fault(tmp_path: Path, index: str) -> 
     findings = Findings()
     weights.find(tmp_path / "unet", "", findings)
     assert findings.faults == ["unet: diffusion_pytorch_model.safetensors.index.json is no list of files"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("hidden_size", None, "a whole number"),
+        ("in_channels", "4", "a whole number"),
+        ("num_train_timesteps", float("inf"), "a whole number"),
+        ("steps_offset", -1, "a whole number"),
+        ("beta_start", -0.1, "from 0 to below 1"),
+        ("block_out_channels", 8, "a list of whole numbers"),
+        ("block_out_channels", [], "a list of whole numbers"),
+        ("axes_dims", ["a"], "a list of whole numbers"),
+        ("sample_size", "64", "a whole number, or two of them"),
+        ("sample_size", [64], "a whole number, or two of them"),
+    ],
+)
+def test_a_value_of_another_type_is_named(key: str, value: object, wanted: str) -> None:
+    assert type_faults("unet/config.json", {key: value}) == [
+        f"unet/config.json: {key} {value!r} cannot be read: it must be {wanted}"
+    ]
 
 
 @given(entry=JSON)

@@ -40,10 +40,10 @@ def test_what_another_export_is_writing_stays(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match=r"--models-dir .*file/models: cannot write .*file.*: Not a directory"):
-        with staging_folder(tmp_path / "file" / "models"):
-            pass
-    with pytest.raises(ExportError, match=r"--models-dir .*: cannot write /dev/full: No space left on device"):
-        with staging_folder(tmp_path / "models"):
-            raise OSError(28, "No space left on device", "/dev/full")
+    refused = pytest.raises(ExportError, match=r"--models-dir .*file/models: cannot write .*file.*: Not a directory")
+    with refused, staging_folder(tmp_path / "file" / "models"):
+        pass
+    refused = pytest.raises(ExportError, match=r"--models-dir .*: cannot write /dev/full: No space left on device")
+    with refused, staging_folder(tmp_path / "models"):
+        raise OSError(28, "No space left on device", "/dev/full")
     assert not list((tmp_path / "models").iterdir())

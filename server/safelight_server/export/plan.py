@@ -51,6 +51,8 @@ MAX_ADAPTER_RANK = 256
 """Largest room for adapters: each row of a call brings so many ranks, used or not."""
 TEXT_TARGETS = [{"name": "text_encoder", "inputs": 1, "outputs": 1}]
 """A placeholder of what adapters can change in the text encoders."""
+MAX_EDGE_PX = 8192
+"""Longest edge of a picture; no model of the families here was trained at a quarter of it."""
 MAX_CONTROLS = 8
 """Most control networks of a model: each row of a call brings a picture for each, used or not."""
 MAX_GUIDANCE_SCALE = 20.0
@@ -476,6 +478,8 @@ def _sizes(
         for width, height in wanted:
             if min(width, height) < 1 or width % multiple or height % multiple:
                 findings.faults.append(f"--sizes {width}x{height}: must be multiples of {multiple}")
+            elif max(width, height) > MAX_EDGE_PX:
+                findings.faults.append(f"--sizes {width}x{height}: edges have at most {MAX_EDGE_PX} pixels")
             elif largest is not None and max(width, height) > factor * largest:
                 findings.faults.append(
                     f"--sizes {width}x{height}: the denoiser has positions for edges of at most {factor * largest}"

@@ -294,14 +294,13 @@ def _are_whole(value: object) -> bool:
 
 _FORMS = (
     (
-        "hidden_size projection_dim d_model latent_channels in_channels patch_size pos_embed_max_size"
-        " max_position_embeddings num_train_timesteps steps_offset cap_feat_dim dim n_heads".split(),
+        ["hidden_size", "projection_dim", "d_model", "latent_channels", "in_channels", "patch_size", "pos_embed_max_size", "max_position_embeddings", "num_train_timesteps", "steps_offset", "cap_feat_dim", "dim", "n_heads"],
         _is_whole,
         "a whole number",
     ),
     (("beta_start", "beta_end"), lambda value: isinstance(value, int | float) and 0 <= value < 1, "from 0 to below 1"),
     (
-        "block_out_channels decoder_block_out_channels axes_dims axes_lens conditioning_embedding_out_channels".split(),
+        ["block_out_channels", "decoder_block_out_channels", "axes_dims", "axes_lens", "conditioning_embedding_out_channels"],
         lambda value: value is None or _are_whole(value),
         "a list of whole numbers",
     ),
@@ -363,6 +362,8 @@ def read_json(file: Path) -> Config:
 def _hints(folder: Path) -> list[str]:
     """What is in a folder without a model_index.json that the user may have meant, the likeliest first."""
     found = ["it was exported already: serve it, or add --quantize"] if (folder / "pipeline.json").is_file() else []
+    if (folder / "config.json").is_file():
+        return [*found, "it is one network, not a pipeline: give the folder of the pipeline"]
     found += [f"{at.parent} is one" for at in (*folder.glob("*/model_index.json"), *folder.glob(SNAPSHOT))]
     checkpoints = sorted(file.name for file in folder.glob("*") if file.suffix in CHECKPOINTS)
     return found + [f"{name} in it is a checkpoint: give that file" for name in checkpoints]
