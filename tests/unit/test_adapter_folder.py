@@ -132,6 +132,12 @@ def test_metadata_of_another_form_is_an_error_of_ours(metadata: object) -> None:
         assert "configuration" in str(error)
 
 
+@pytest.mark.parametrize("alpha", [6e38, -6e38, 1e300])
+def test_an_alpha_whose_weights_float32_cannot_hold_is_refused(alpha: float) -> None:
+    with pytest.raises(AdapterFileError, match=r"has an alpha of .* that is not finite, or too large"):
+        parse(WHOLE, json.dumps({"lora_alpha": alpha}).encode())
+
+
 @given(config=JSON)
 def test_a_configuration_of_any_form_is_read_or_an_error_of_ours(config: object) -> None:
     for given_config in (config, {"lora_alpha": config}, {"alpha_pattern": config}, {"use_rslora": config}):

@@ -1044,9 +1044,7 @@ def test_what_takes_no_control_networks_is_refused_by_name(folder: Folder, flux:
     assert "--control edges: only UNets take control networks" in fault(flux(), controls=edges)
     assert "--control: has a name twice" in fault(folder(), controls=edges * 2)
     assert "--control: there are 9; at most 8 are taken" in fault(folder(), controls=edges * 9)
-    assert "--control 'Edges': the name must have lower-case letters" in fault(
-        folder(), controls=(("Edges", edges[0][1]),)
-    )
+    assert "--control 'Edges': must have lower-case letters" in fault(folder(), controls=(("Edges", edges[0][1]),))
     assert "it has no config.json" in fault(folder(), controls=(("edges", tmp_path / "nothing"),))
     (tmp_path / "edges" / "diffusion_pytorch_model.safetensors").unlink()
     assert "edges: no weights (such as" in fault(folder(), controls=edges)

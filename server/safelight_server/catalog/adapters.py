@@ -1,10 +1,10 @@
 """Adapters (LoRA, Hu et al. 2021): reads their files, and follows a folder of them while the server runs.
 
 `<folder>/<name>/` has one `*.safetensors` as peft, diffusers or kohya's scripts
-write it, and beside a file of peft's `adapter_config.json`. A file
-`<folder>/<name>.safetensors` is an adapter too. An adapter is offered for each model whose room (`manifest.AdapterRoom`) it fits: every layer
-that it changes is one of the model's targets. A key that is not understood is
-never skipped: the adapter is refused by its name.
+write it, and beside a file of peft's `adapter_config.json`; `<folder>/<name>.safetensors`
+is an adapter too. An adapter is offered for each model whose room
+(`manifest.AdapterRoom`) it fits: every layer that it changes is one of the model's
+targets. A key that is not understood is never skipped: the adapter is refused by its name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ MAX_ADAPTERS = 256
 """Adapters of the folder that are offered: those first by name."""
 MAX_CONFIG_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-NAME_FORM = "letters, digits, '.', '_' and '-', at most 64, a letter or a digit first"
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 PART = re.compile(
@@ -410,12 +409,15 @@ class AdapterLibrary:
         """Reads an adapter. `is_second`: another one has its name."""
         name = _name(path)
         if NAME.fullmatch(name) is None:
-            raise AdapterFileError(f"has a name that requests cannot say; rename it: {NAME_FORM}")
+            form = "letters, digits, '.', '_' and '-', at most 64, a letter or a digit first"
+            raise AdapterFileError(f"has a name that requests cannot say; rename it: {form}")
         if is_second:
             raise AdapterFileError(f"has the name of the folder {name} beside it; rename one of them")
         data, config = self._read(path)
         layers = parse(data, config)
-        return AdapterFile(name, path, _sha256(data, config), {at: layer.shape for at, layer in layers.items()})
+        return AdapterFile(
+            name, path, hashlib.sha256(data + config).hexdigest(), {at: layer.shape for at, layer in layers.items()}
+        )
 
     def _read(self, path: Path) -> tuple[bytes, bytes]:
         is_folder = path.is_dir()
@@ -424,12 +426,10 @@ class AdapterLibrary:
         if not weights and any(file.suffix in PICKLES for file in files):
             raise AdapterFileError(f"is a pickle, which can run code when it is read; convert it to *{SUFFIX}")
         if len(weights) != 1:
-            named = f": {', '.join(file.name for file in weights[:4])}" if weights else ""
-            raise AdapterFileError(f"must have one file *{SUFFIX}; there are {len(weights)}{named}")
-        if not is_folder:
-            return read_regular_file(path, self._max_bytes), b""
+            named = ", ".join(file.name for file in weights[:4]) or "none"
+            raise AdapterFileError(f"must have one file *{SUFFIX}; there are {len(weights)}: {named}")
         config = path / "adapter_config.json"
-        settings = read_regular_file(config, MAX_CONFIG_BYTES) if config.exists() else b""
+        settings = read_regular_file(config, MAX_CONFIG_BYTES) if is_folder and config.exists() else b""
         return read_regular_file(weights[0], self._max_bytes), settings
 
     def weights(self, model: str, name: str, sha256: str) -> FloatArray:
@@ -461,7 +461,7 @@ class AdapterLibrary:
             data, config = self._read(file.path)
         except OSError as error:
             raise AdapterFileError(f"cannot be read: {error.strerror}") from None
-        if _sha256(data, config) != sha256:
+        if hashlib.sha256(data + config).hexdigest() != sha256:
             raise AdapterFileError("is another file now")
         return packed(parse(data, config), room)
 
@@ -496,7 +496,3 @@ def _stamp(path: Path) -> object:
             continue
         found.append((file.name, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
     return found
-
-
-def _sha256(data: bytes, config: bytes) -> str:
-    return hashlib.sha256(data + config).hexdigest()

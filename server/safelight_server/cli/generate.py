@@ -224,7 +224,7 @@ def parse_adapters(given: Sequence[str]) -> dict[str, float]:
 
 def parse_controls(given: Sequence[str]) -> list[Control]:
     """The controls of NAME=FILE:SCALE:START:END, of which all but NAME=FILE may be left out."""
-    found = []
+    found: list[Control] = []
     for text in given:
         name, _, rest = text.partition("=")
         file, *numbers = rest.split(":")

@@ -78,7 +78,7 @@ OPTION_OF = {
 FORMS = {
     "--name": "must have lower-case letters, digits and '-', a letter first, at most 63",
     "--revision": "must have lower-case letters, digits, '.' and '-', a letter or a digit first, at most 63",
-    "--control": "the name must have lower-case letters, digits, '.', '_' and '-', a letter or a digit first, at most 63",
+    "--control": "must have lower-case letters, digits, '.', '_' and '-', a letter or a digit first, at most 63",
 }
 """What the value of an option that is a name must be, for messages."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,7 +275,7 @@ def read(folder: Path, findings: Findings) -> Source:
 
 
 def type_faults(file: str, config: Config) -> list[str]:
-    """The faults of the values of a configuration that are computed with: each must be of the type that diffusers has."""
+    """The faults of the values of a configuration that are computed with, each of which must be of diffusers' type."""
     return [
         f"{file}: {key} {config[key]!r} cannot be read: it must be {what}"
         for keys, is_good, what in _FORMS
@@ -292,24 +292,39 @@ def _are_whole(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_whole, value))
 
 
-_FORMS = (
-    (
-        ["hidden_size", "projection_dim", "d_model", "latent_channels", "in_channels", "patch_size", "pos_embed_max_size", "max_position_embeddings", "num_train_timesteps", "steps_offset", "cap_feat_dim", "dim", "n_heads"],
-        _is_whole,
-        "a whole number",
-    ),
+_NUMBERS = (
+    "hidden_size",
+    "projection_dim",
+    "d_model",
+    "latent_channels",
+    "in_channels",
+    "patch_size",
+    "pos_embed_max_size",
+    "max_position_embeddings",
+    "num_train_timesteps",
+    "steps_offset",
+    "cap_feat_dim",
+    "dim",
+    "n_heads",
+)
+_LISTS = (
+    "block_out_channels",
+    "decoder_block_out_channels",
+    "axes_dims",
+    "axes_lens",
+    "conditioning_embedding_out_channels",
+)
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (_NUMBERS, _is_whole, "a whole number"),
     (("beta_start", "beta_end"), lambda value: isinstance(value, int | float) and 0 <= value < 1, "from 0 to below 1"),
-    (
-        ["block_out_channels", "decoder_block_out_channels", "axes_dims", "axes_lens", "conditioning_embedding_out_channels"],
-        lambda value: value is None or _are_whole(value),
-        "a list of whole numbers",
-    ),
+    (_LISTS, lambda value: value is None or _are_whole(value), "a list of whole numbers"),
     (
         ("sample_size",),
         lambda value: value is None or _is_whole(value) or (_are_whole(value) and len(value) == 2),
         "a whole number, or two of them",
     ),
 )
+"""Keys, what their values must be, and that in words."""
 
 
 def _family(folder: Path, index: Config) -> Family:

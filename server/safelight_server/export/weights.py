@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def check(file: Path) -> tuple[str, int]:
             header: dict[str, Any] = json.loads(stream.read(length))
             tensors = [entry for key, entry in header.items() if key != "__metadata__"]
             end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-            values = sum(math.prod(entry["shape"]) for entry in tensors)
+            values = sum(math.prod(map(operator.index, entry["shape"])) for entry in tensors)
             missing = 8 + length + end - size
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError):
             return "is no safetensors file", 0
