@@ -327,7 +327,7 @@ def test_only_what_works_is_offered(folder: Folder) -> None:
         ({"guidance_scale": float("nan")}, "--guidance-scale: Input should be a finite number"),
         ({"sizes": ((500, 512),)}, "--sizes 500x512: must be multiples of 64"),
         ({"sizes": ((512, 512), (512, 512))}, "--sizes: names a size twice"),
-        ({"sizes": ((99_968, 512),)}, "--sizes 99968x512: edges have at most 8192 pixels"),
+        ({"sizes": ((99_968, 512),)}, "--sizes 99968x512: edges have at most 16384 pixels"),
         ({"max_rows": 0}, "--max-rows 0: must be at least 1"),
         ({"config": Path("elsewhere")}, "--config is for a checkpoint in one file"),
     ],

@@ -51,8 +51,8 @@ MAX_ADAPTER_RANK = 256
 """Largest room for adapters: each row of a call brings so many ranks, used or not."""
 TEXT_TARGETS = [{"name": "text_encoder", "inputs": 1, "outputs": 1}]
 """A placeholder of what adapters can change in the text encoders."""
-MAX_EDGE_PX = 8192
-"""Longest edge of a picture; no model of the families here was trained at a quarter of it."""
+MAX_EDGE_PX = 16_384
+"""Longest edge of a picture; no model of the families here was trained at a quarter of that."""
 MAX_CONTROLS = 8
 """Most control networks of a model: each row of a call brings a picture for each, used or not."""
 MAX_GUIDANCE_SCALE = 20.0
