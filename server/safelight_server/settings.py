@@ -93,7 +93,8 @@ class Settings(BaseSettings):
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     adapters_dir: Path | None = Field(
-        None, description="Folder of adapters (LoRA), watched for changes (docs/models.md). None: models_dir/adapters."
+        None,
+        description="Folder of adapters (LoRA), watched for changes (docs/adapters.md). None: models_dir/adapters.",
     )
     max_adapter_bytes: Count = Field(
         1 << 30, description="Bytes of adapters' weights in memory, and of the file of an adapter."

@@ -1,4 +1,4 @@
-"""docs/models.md, walked: each of its commands, from a diffusers folder and a file to a picture; and that picture."""
+"""docs/models.md, adapters.md and controls.md, walked: each of their commands, from a folder to a picture; and that picture."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from safelight_server.sampler import gaussian
 from safelight_server.settings import load
 
 from load_tests.ports import free_port
+from tests.support.adapters import matrices, safetensors, write_adapter
 from tests.training import folders
 from tests.training.checkpoints import save_checkpoint
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-COMMANDS = [shlex.split(line) for line in re.findall(r"^    (safelight .*)$", PAGE, re.MULTILINE)]
+PAGES = [(Path(__file__).parents[2] / "docs" / f"{name}.md").read_text() for name in ("models", "adapters", "controls")]
+COMMANDS = [shlex.split(line) for page in PAGES for line in re.findall(r"^    (safelight .*)$", page, re.MULTILINE)]
+ADAPTED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 SIZES = ((16, 16), (32, 16))
 PROMPT, SEED, STEPS, GUIDANCE = "a red potion", 7, 4, 7.5
 
@@ -53,17 +55,29 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     folders.flux_pipeline(is_distilled=True).save_pretrained(place / "my-flux")
     folders.z_image_pipeline().save_pretrained(place / "my-z-image")
     folders.inpainting_pipeline(pipeline).save_pretrained(place / "my-inpainter")
+    for seed, name in enumerate(("my-canny", "my-depth")):
+        folders.control_network(pipeline.unet, seed).save_pretrained(place / name)
+    folders.ip_adapter(pipeline.unet, place / "ip-adapter")
     save_checkpoint(pipeline, place / "my-model.safetensors")
     said = {}
     for _, verb, *arguments in COMMANDS:
         if verb == "export":
             sizes = ",".join(f"{w}x{h}" for w, h in SIZES)
             more = () if "--dry-run" in arguments else ("--sizes", sizes, "--format", "both")
+            if more and "--adapter-rank" in arguments:  # the first export has that room too, as it takes minutes
+                more = ("--dry-run",)
+            elif more:
+                more += ("--adapter-rank", "16")
             licence = () if "--licence" in arguments else ("--licence", "CC0-1.0")
             said[" ".join(arguments)] = safelight(place, verb, *arguments, *more, *licence)
-    assert sum("--dry-run" in line for line in said) == 6
-    [export] = [text for line, text in said.items() if "--dry-run" not in line]
-    yield place, export
+    assert sum("--dry-run" in line for line in said) == 8
+    first, planned = [text for line, text in said.items() if "--dry-run" not in line]
+    assert "room for adapters of rank 16 in each row, in the layers blocks, and in the text encoders" in planned
+    layer = pipeline.unet.get_submodule(ADAPTED)
+    targets = [(ADAPTED, layer.in_features, layer.out_features)]
+    write_adapter(place / "served" / "adapters", "pixel", arrays=matrices(4, 0, targets))
+    (place / "served" / "adapters" / "ink.safetensors").write_bytes(safetensors(matrices(4, 1, targets, "unet.")))
+    yield place, first
 
 
 @pytest.fixture
@@ -87,9 +101,13 @@ async def test_the_commands_for_the_server_work(walked: tuple[Path, str], addres
         if verb in ("models", "generate") and "my-inpainter" not in arguments:  # judged, not exported
             said += await asyncio.to_thread(safelight, place, verb, *arguments, "--target", address)
     assert "models/my-model  1  on onnx  (default)" in said
-    assert "16x16, 32x16" in said
+    assert "    draws from text, from a picture (--init), in a part of a picture (--init, --mask)\n" in said
+    assert "    sizes 16x16, 32x16\n" in said
+    assert "    adapters ink (rank 4), pixel (rank 4); ranks of 16 together in a request (--adapter)\n" in said
     assert "note: scheduler PNDMScheduler is not served" in said
-    assert Image.open(place / "potion.png").size == SIZES[0]
+    plain, adapted = (np.asarray(Image.open(place / f"{name}.png"), int) for name in ("potion", "pixel"))
+    assert plain.shape[:2] == adapted.shape[:2] == SIZES[0]
+    assert np.abs(plain - adapted).max() > 1, "the adapter has an effect"
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

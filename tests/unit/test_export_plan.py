@@ -319,8 +319,8 @@ def test_only_what_works_is_offered(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"name": "SD15"}, "--name: String should match"),
-        ({"revision": "Version 2"}, "--revision: String should match"),
+        ({"name": "SD15"}, "--name 'SD15': must have lower-case letters"),
+        ({"revision": "Version 2"}, "--revision 'Version 2': must have lower-case letters"),
         ({"steps": 0}, "--steps: Input should be greater than 0"),
         ({"guidance_scale": 0.0}, "--guidance-scale: Input should be greater than or equal to 1"),
         ({"guidance_scale": 0.0}, "--guidance-scale 0: what diffusers calls 0, a model without guidance, is 1 here"),
@@ -328,6 +328,7 @@ def test_only_what_works_is_offered(folder: Folder) -> None:
         ({"guidance_scale": float("nan")}, "--guidance-scale: Input should be a finite number"),
         ({"sizes": ((500, 512),)}, "--sizes 500x512: must be multiples of 64"),
         ({"sizes": ((512, 512), (512, 512))}, "--sizes: names a size twice"),
+        ({"sizes": ((99_968, 512),)}, "--sizes 99968x512: edges have at most 16384 pixels"),
         ({"max_rows": 0}, "--max-rows 0: must be at least 1"),
         ({"config": Path("elsewhere")}, "--config is for a checkpoint in one file"),
     ],
@@ -1043,8 +1044,8 @@ def test_what_takes_no_control_networks_is_refused_by_name(folder: Folder, flux:
     assert "--control edges: only UNets take control networks" in fault(flux(), controls=edges)
     assert "--control: has a name twice" in fault(folder(), controls=edges * 2)
     assert "--control: there are 9; at most 8 are taken" in fault(folder(), controls=edges * 9)
-    assert "--control: String should match pattern" in fault(folder(), controls=(("Edges", edges[0][1]),))
-    assert "config.json cannot be read: No such file" in fault(folder(), controls=(("edges", tmp_path / "nothing"),))
+    assert "--control 'Edges': must have lower-case letters" in fault(folder(), controls=(("Edges", edges[0][1]),))
+    assert "it has no config.json" in fault(folder(), controls=(("edges", tmp_path / "nothing"),))
     (tmp_path / "edges" / "diffusion_pytorch_model.safetensors").unlink()
     assert "edges: no weights (such as" in fault(folder(), controls=edges)
 

@@ -634,7 +634,7 @@ type AdapterInfo struct {
 	// pictures.
 	Sha256 string `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	// Its rank. The model bounds the sum of the ranks of a request's adapters. A
-	// request beyond that is refused, and the error names the bound.
+	// request beyond that is refused: see `ModelLimits.max_adapter_rank`.
 	Rank int32 `protobuf:"varint,3,opt,name=rank,proto3" json:"rank,omitempty"`
 	// The components that it changes: "denoiser", "text_encoder". If it changes
 	// the text encoder, the prompts are encoded anew for it.
@@ -884,7 +884,8 @@ func (x *ModelDefaults) GetSampler() *SamplerSpec {
 	return nil
 }
 
-// Bounds of a model; a request beyond one of the first three is refused.
+// Bounds of a model; a request beyond one of them is refused, but for that of
+// prompts.
 type ModelLimits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Maximum number of denoising steps.
@@ -896,8 +897,11 @@ type ModelLimits struct {
 	// Number of tokens in the text encoder's context. A longer prompt is cut, and
 	// `Accepted.warnings` says so.
 	MaxPromptTokens int32 `protobuf:"varint,4,opt,name=max_prompt_tokens,json=maxPromptTokens,proto3" json:"max_prompt_tokens,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Maximum sum of the ranks of a request's adapters. 0: the model takes no
+	// adapters.
+	MaxAdapterRank int32 `protobuf:"varint,5,opt,name=max_adapter_rank,json=maxAdapterRank,proto3" json:"max_adapter_rank,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ModelLimits) Reset() {
@@ -954,6 +958,13 @@ func (x *ModelLimits) GetMaxOutputs() int32 {
 func (x *ModelLimits) GetMaxPromptTokens() int32 {
 	if x != nil {
 		return x.MaxPromptTokens
+	}
+	return 0
+}
+
+func (x *ModelLimits) GetMaxAdapterRank() int32 {
+	if x != nil {
+		return x.MaxAdapterRank
 	}
 	return 0
 }
@@ -1135,13 +1146,14 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\rModelDefaults\x12.\n" +
 	"\x13num_inference_steps\x18\x01 \x01(\x05R\x11numInferenceSteps\x12%\n" +
 	"\x0eguidance_scale\x18\x02 \x01(\x02R\rguidanceScale\x123\n" +
-	"\asampler\x18\x03 \x01(\v2\x19.safelight.v1.SamplerSpecR\asampler\"\xbf\x01\n" +
+	"\asampler\x18\x03 \x01(\v2\x19.safelight.v1.SamplerSpecR\asampler\"\xe9\x01\n" +
 	"\vModelLimits\x125\n" +
 	"\x17max_num_inference_steps\x18\x01 \x01(\x05R\x14maxNumInferenceSteps\x12,\n" +
 	"\x12max_guidance_scale\x18\x02 \x01(\x02R\x10maxGuidanceScale\x12\x1f\n" +
 	"\vmax_outputs\x18\x03 \x01(\x05R\n" +
 	"maxOutputs\x12*\n" +
-	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"[\n" +
+	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
+	"\x10max_adapter_rank\x18\x05 \x01(\x05R\x0emaxAdapterRank\"[\n" +
 	"\rComponentTime\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12,\n" +
 	"\x05times\x18\x02 \x03(\v2\x16.safelight.v1.StepTimeR\x05times\"\\\n" +

@@ -17,7 +17,7 @@ from safelight.stream import GenerationStream
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy, QualityFloor
 from safelight.v1.images_pb2 import Image
-from safelight.v1.models_pb2 import Model, StepTime
+from safelight.v1.models_pb2 import Model, StepTime, Task
 from safelight.v1.quotas_pb2 import TenantQuota, TokenBucket
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "StepTime",
     "SyncClient",
     "SyncStream",
+    "Task",
     "TenantQuota",
     "TokenBucket",
 ]

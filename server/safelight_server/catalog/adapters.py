@@ -1,10 +1,10 @@
 """Adapters (LoRA, Hu et al. 2021): reads their files, and follows a folder of them while the server runs.
 
 `<folder>/<name>/` has one `*.safetensors` as peft, diffusers or kohya's scripts
-write it, and beside a file of peft's `adapter_config.json`. An adapter is
-offered for each model whose room (`manifest.AdapterRoom`) it fits: every layer
-that it changes is one of the model's targets. A key that is not understood is
-never skipped: the adapter is refused by its name.
+write it, and beside a file of peft's `adapter_config.json`; `<folder>/<name>.safetensors`
+is an adapter too. An adapter is offered for each model whose room
+(`manifest.AdapterRoom`) it fits: every layer that it changes is one of the model's
+targets. A key that is not understood is never skipped: the adapter is refused by its name.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ MAX_REASON_CHARS = 300
 LASTING = (errno.EFBIG, errno.EINVAL)
 """Errors of `read_regular_file` that say what a file is. After others it is read again, though it has not changed."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SUFFIX = ".safetensors"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 PART = re.compile(
     r"(?P<layer>.+?)(\.lora_(?P<half>[AB])(\.default)?|(\.lora[._]|_lora\.|\.lora_linear_layer\.)(?P<side>down|up))\.weight"
 )
@@ -182,8 +184,8 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
             raise ValueError
     except SafetensorsError as error:
         raise AdapterFileError(str(error)) from None
-    except (ValueError, RecursionError):
-        raise AdapterFileError("its configuration is no JSON object") from None
+    except (ValueError, TypeError, RecursionError):
+        raise AdapterFileError("has a configuration that is no JSON object") from None
     halves: dict[str, dict[str, FloatArray]] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
@@ -374,13 +376,13 @@ class AdapterLibrary:
             for model in self._rooms:
                 why = found if isinstance(found, str) else self._misfit(found, model)
                 if isinstance(found, str) or why:
-                    misfits[model][path.name] = _shown(why)
+                    misfits[model].setdefault(_name(path), _shown(why))
                 else:
-                    offered[model][path.name] = found
+                    offered[model][found.name] = found
             if files[path] != self._files.get(path):
-                self._tell(path.name, found, offered, misfits)
+                self._tell(path, found, offered, misfits)
         for path in self._files.keys() - files.keys():
-            log.info("adapter_removed", adapter=path.name)
+            log.info("adapter_removed", adapter=_name(path))
         self._files, self._offered, self._misfits = files, offered, misfits
 
     def _misfit(self, file: AdapterFile, model: str) -> str:
@@ -396,15 +398,18 @@ class AdapterLibrary:
 
     def _tell(
         self,
-        name: str,
+        path: Path,
         found: AdapterFile | str,
         offered: Mapping[str, Mapping[str, AdapterFile]],
         misfits: Mapping[str, Mapping[str, str]],
     ) -> None:
-        models = [model for model, there in offered.items() if name in there]
+        name = _name(path)
+        models = [model for model, there in offered.items() if there.get(name) is found]
         if models and isinstance(found, AdapterFile):
             facts = {"rank": found.rank, "components": found.components, "sha256": found.sha256}
             log.info("adapter_offered", adapter=name, models=models, **facts)
+        elif isinstance(found, str):
+            log.warning("adapter_not_offered", adapter=name, file=str(path), reason=found)
         else:
             log.warning("adapter_not_offered", adapter=name, reasons={at: why[name] for at, why in misfits.items()})
 
@@ -412,7 +417,7 @@ class AdapterLibrary:
         """What is in the folder; None: it cannot be read now, and what was there before stays."""
         assert self._folder is not None
         try:
-            folders = sorted(path for path in self._folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+            there = [path for path in self._folder.iterdir() if _is_adapter(path)]
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -421,34 +426,52 @@ class AdapterLibrary:
             self._unreadable = why
             return None
         self._unreadable = ""
-        if len(folders) > MAX_ADAPTERS and len(folders) != self._num_there:
-            log.warning("too_many_adapters", folder=str(self._folder), offered=MAX_ADAPTERS, there=len(folders))
-        self._num_there = len(folders)
-        return {path: self._found(path) for path in folders[:MAX_ADAPTERS]}
+        there.sort(key=lambda path: (_name(path), path.suffix == SUFFIX))  # of one name the folder first
+        if len(there) > MAX_ADAPTERS and len(there) != self._num_there:
+            log.warning("too_many_adapters", folder=str(self._folder), offered=MAX_ADAPTERS, there=len(there))
+        self._num_there = len(there)
+        found, last = {}, ""
+        for path in there[:MAX_ADAPTERS]:
+            is_second, last = _name(path) == last, _name(path)
+            found[path] = self._found(path, is_second)
+        return found
 
-    def _found(self, path: Path) -> tuple[object, AdapterFile | str]:
-        """The stamp of an adapter's folder, and what is in it or why it cannot be used."""
-        stamp, known = _stamp(path), self._files.get(path)
+    def _found(self, path: Path, is_second: bool) -> tuple[object, AdapterFile | str]:
+        """The stamp of an adapter's folder or file, and what is in it or why it cannot be used."""
+        seen, known = _stamp(path), self._files.get(path)
+        stamp = None if seen is None else (seen, is_second)
         if known is not None and stamp is not None and known[0] == stamp:
             return known
         try:
-            return stamp, self._read_facts(path)
+            return stamp, self._read_facts(path, is_second)
         except AdapterFileError as error:
             return stamp, str(error)
         except OSError as error:
-            return stamp if error.errno in LASTING else None, str(error.strerror)
+            return stamp if error.errno in LASTING else None, f"cannot be read: {error.strerror}"
 
-    def _read_facts(self, path: Path) -> AdapterFile:
+    def _read_facts(self, path: Path, is_second: bool) -> AdapterFile:
+        """Reads an adapter. `is_second`: another one has its name."""
+        name = _name(path)
+        if NAME.fullmatch(name) is None:
+            form = "letters, digits, '.', '_' and '-', at most 64, a letter or a digit first"
+            raise AdapterFileError(f"has a name that requests cannot say; rename it: {form}")
+        if is_second:
+            raise AdapterFileError(f"has the name of the folder {name} beside it; rename one of them")
         data, config = self._read(path)
         layers = parse(data, config)
-        return AdapterFile(path.name, path, _sha256(data, config), {at: layer.shape for at, layer in layers.items()})
+        return AdapterFile(name, path, _sha256(data, config), {at: layer.shape for at, layer in layers.items()})
 
     def _read(self, path: Path) -> tuple[bytes, bytes]:
-        weights = sorted(path.glob("*.safetensors"))
+        is_folder = path.is_dir()
+        files = sorted(file for file in path.iterdir() if file.name[0] != ".") if is_folder else [path]
+        weights = [file for file in files if file.suffix == SUFFIX]
+        if not weights and any(file.suffix in PICKLES for file in files):
+            raise AdapterFileError(f"is a pickle, which can run code when it is read; convert it to *{SUFFIX}")
         if len(weights) != 1:
-            raise AdapterFileError(f"must have one file *.safetensors; there are {len(weights)}")
+            named = ", ".join(file.name for file in weights[:4]) or "none"
+            raise AdapterFileError(f"must have one file *{SUFFIX}; there are {len(weights)}: {named}")
         config = path / "adapter_config.json"
-        settings = read_regular_file(config, MAX_CONFIG_BYTES) if config.exists() else b""
+        settings = read_regular_file(config, MAX_CONFIG_BYTES) if is_folder and config.exists() else b""
         return read_regular_file(weights[0], self._max_bytes), settings
 
     async def fetch(self, model: str, name: str, sha256: str) -> FloatArray:
@@ -493,7 +516,7 @@ class AdapterLibrary:
             data, config = self._read(file.path)
         except OSError as error:
             raise AdapterFileError(f"cannot be read: {error.strerror}") from None
-        if _sha256(data, config) != sha256:
+        if hashlib.sha256(data + config).hexdigest() != sha256:
             raise AdapterFileError("is another file now")
         return packed(parse(data, config), room)
 
@@ -504,11 +527,21 @@ class AdapterLibrary:
             self._kept.popitem(last=False)
 
 
+def _is_adapter(path: Path) -> bool:
+    """Whether something in the folder of adapters should be one. Hidden files are other programs' own."""
+    return not path.name.startswith(".") and (path.is_dir() or path.suffix in (SUFFIX, *PICKLES))
+
+
+def _name(path: Path) -> str:
+    """The name of an adapter: that of its folder, or of its file."""
+    return path.name.removesuffix(SUFFIX)
+
+
 def _stamp(path: Path) -> object:
-    """What changes when a file in a folder is written, replaced or removed; None: it cannot be seen now."""
-    found = []
+    """What changes when a file, or one in a folder, is written, replaced or removed; None: it cannot be seen now."""
+    found: list[object] = []
     try:
-        files = sorted(path.iterdir())
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
     except OSError:
         return None
     for file in files:

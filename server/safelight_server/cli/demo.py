@@ -77,6 +77,7 @@ class DemoRequest:
     controls: Sequence[Control] = ()
     image_prompt: Path | str | None = None
     image_prompt_scale: float | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -213,6 +214,7 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
     async def develop(item: LivePicture) -> None:
         order = item.order
         item.began = time.monotonic()
+        width, height = order.size or (None, None)
         events = client.generate(
             order.prompt,
             negative_prompt=order.negative_prompt,
@@ -234,6 +236,8 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             mask=order.mask,
             image_prompt=order.image_prompt,
             image_prompt_scale=order.image_prompt_scale,
+            width=width,
+            height=height,
             quality_floor=order.quality_floor,
             preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )

@@ -28,7 +28,7 @@ def export(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="A Stable Diffusion, SDXL, SD3 or FLUX pipeline of diffusers, or a checkpoint in one file."
+            help="A pipeline of diffusers (Stable Diffusion, SDXL, SD3, FLUX or Z-Image), or a checkpoint in one file."
         ),
     ],
     name: Annotated[str, typer.Option(help="Id of the model; default: from the folder's name.")] = "",
@@ -224,6 +224,8 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
         if size is None:
             raise ExportError(f"--sizes {part}: must be WIDTHxHEIGHT, separated by commas")
         found.append((int(size[1]), int(size[2])))
+    if text and not found:
+        raise ExportError(f"--sizes {text}: names no size; it must be WIDTHxHEIGHT, separated by commas")
     return tuple(found)
 
 

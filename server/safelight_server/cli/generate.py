@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,33 @@ console = Console()
 MAX_STEP = 2**31 - 1
 """Largest value of the protocol's field for steps (int32); the server checks the real limit."""
 Steps = Annotated[int | None, typer.Option("--steps", min=1, max=MAX_STEP, help="Denoising steps.")]
+OPTIONS = {
+    "prompt": "PROMPT",
+    "prompts": "--negative",
+    "model": "--model",
+    "width_px": "--size",
+    "height_px": "--size",
+    "outputs": "--seed",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "guidance_rescale": "--guidance-rescale",
+    "guidance_interval": "--guidance-interval",
+    "sampler": "--sampler",
+    "init_image": "--init",
+    "strength": "--strength",
+    "mask": "--mask",
+    "adapters": "--adapter",
+    "controls": "--control",
+    "image_prompt": "--image-prompt",
+    "image_prompt.scale": "--image-prompt-scale",
+    "image_prompt_scale": "--image-prompt-scale",
+    "branch": "--branch",
+    "cache": "--cache",
+    "quality_floor.min_num_steps": "--floor-steps",
+    "quality_floor.cheaper_previews": "--floor-previews",
+    "quality_floor.min_similarity": "--floor-similarity",
+}
+"""Options by what they set: a field of `GenerationSpec` or of the request, or an argument of the client library."""
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -41,6 +69,9 @@ def generate(
     sampler: Annotated[str, typer.Option(help="Sampler, such as ddim or euler.")] = "",
     negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
     model: Annotated[str, typer.Option(help="Id of the model.")] = "",
+    size: Annotated[
+        str, typer.Option(metavar="WIDTHxHEIGHT", help="One of the model's sizes; default: its first.")
+    ] = "",
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
     cache: Annotated[CacheMode, typer.Option(help="Which cached results may be used.")] = "default",
     branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
@@ -131,10 +162,14 @@ def generate(
         parse_controls(control or ()),
         _picture(image_prompt),
         image_prompt_scale,
+        _size(size) if size else None,
     )
-    picture, developed = run(
-        demos.generate_one(connect_with(target, api_key, ca_file, client_cert, server_name), order, console)
-    )
+    connect = connect_with(target, api_key, ca_file, client_cert, server_name)
+    try:
+        picture, developed = run(demos.generate_one(connect, order, console))
+    except demos.DemoError as error:  # begins with the name of an argument of the client library
+        argument, colon, what = str(error).partition(": ")
+        raise CommandError(f"{option_of(argument)}{colon}{what}") from None
     try:
         out.write_bytes(picture.data)
     except OSError as error:
@@ -144,9 +179,24 @@ def generate(
     console.print(developed.origin(), highlight=False, soft_wrap=True)
 
 
+def option_of(field: str) -> str:
+    """The option of `safelight generate` that sets a field of the request; another field's path stays as it is."""
+    plain = re.sub(r"\[[0-9]+\]", "", field).removeprefix("spec.")
+    parts = plain.split(".")
+    names = (".".join(parts[:most]) for most in range(len(parts), 0, -1))  # the whole path first
+    return next((OPTIONS[name] for name in names if name in OPTIONS), field)
+
+
 def _picture(source: str) -> Path | str | None:
     """The argument as a file, or as the name of a picture that the server has."""
     return source if source.startswith(("generations/", "images/")) else Path(source) if source else None
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if found is None:
+        raise CommandError(f"--size {text}: must be WIDTHxHEIGHT, such as 768x512")
+    return int(found[1]), int(found[2])
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -174,23 +224,29 @@ def parse_adapters(given: Sequence[str]) -> dict[str, float]:
 
 def parse_controls(given: Sequence[str]) -> list[Control]:
     """The controls of NAME=FILE:SCALE:START:END, of which all but NAME=FILE may be left out."""
-    found = []
+    found: list[Control] = []
     for text in given:
         name, _, rest = text.partition("=")
         file, *numbers = rest.split(":")
-        source, values = _picture(file), [_number(number) for number in numbers]
-        if not name or source is None or None in values or len(values) > 3:
+        while numbers and not _is_number(numbers[0]):  # the file's name has a colon
+            file = f"{file}:{numbers.pop(0)}"
+        source = _picture(file)
+        is_misspelt = ":" in file and not Path(file).exists()
+        if not name or source is None or len(numbers) > 3 or is_misspelt:
             what = "must be NAME=FILE, or NAME=FILE:SCALE:START:END such as canny=edges.png:0.8:0:0.5"
             raise CommandError(f"--control {text}: {what}")
-        found.append(Control(name, source, *values))
+        if any(control.name == name for control in found):
+            raise CommandError(f"--control {text}: {name} is there twice")
+        found.append(Control(name, source, *map(float, numbers)))
     return found
 
 
-def _number(text: str) -> float | None:
+def _is_number(text: str) -> bool:
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        return None
+        return False
+    return True
 
 
 def _quality_floor(steps: int | None, previews: bool, similarity: float | None) -> QualityFloor | None:

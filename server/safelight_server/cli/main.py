@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +45,8 @@ from safelight_server.cli.command import (
     connect_with,
     run,
 )
-from safelight_server.cli.generate import generate, parse_adapters
+from safelight_server.cli.described import described
+from safelight_server.cli.generate import generate, option_of, parse_adapters
 from safelight_server.cli.quotas import quota_table
 from safelight_server.settings import Settings, is_loopback
 from safelight_server.storage.keyring import write_key_file
@@ -223,29 +224,12 @@ def models(
                 found = {"models": [json_format.MessageToDict(model) for model in listed]}
                 typer.echo(json.dumps(found, indent=1))
                 return
-            for model in listed:
-                sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in model.sizes)
-                samplers = ", ".join(sampler.name for sampler in model.samplers)
-                mark = "  (default)" if model.is_default else ""
-                console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
-                console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
-                if model.adapters:
-                    named = ", ".join(_about_adapter(at.name, at.rank, at.components) for at in model.adapters)
-                    console.print(f"    adapters {named}", highlight=False, soft_wrap=True, markup=False)
-                if model.controls:
-                    named = ", ".join(control.name for control in model.controls)
-                    console.print(f"    controls {named}", highlight=False, soft_wrap=True, markup=False)
-                if model.image_prompt:
-                    console.print("    takes a picture as a prompt (--image-prompt)", highlight=False)
-                for note in model.notes:
-                    console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
-            for left_out in await client.unavailable_models():
-                console.print(
-                    f"{left_out.name}  {left_out.revision}  NOT SERVED: {left_out.reason}",
-                    highlight=False,
-                    soft_wrap=True,
-                    markup=False,
-                )
+            left_out = [
+                f"{other.name}  {other.revision}  NOT SERVED: {other.reason}"
+                for other in await client.unavailable_models()
+            ]
+            for line in [*(line for model in listed for line in described(model)), *left_out]:
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     run(ask())
 
@@ -335,7 +319,8 @@ def main() -> None:
     except SystemExit:  # how every command ends; without this clause Python would call _expected_errors
         raise
     except GenerationError as error:
-        faults = "; ".join(f"{field}: {what}" for field, what in error.violations.items())
+        of = option_of if sys.argv[1:2] == ["generate"] else str
+        faults = "; ".join(f"{of(field)}: {what}" for field, what in error.violations.items())
         unheard = error.code is grpc.StatusCode.UNAVAILABLE and not error.reason  # it is no server's refusal
         hint = "; check --target, and whether `safelight serve` runs there" if unheard else ""
         _die(faults or f"{error}{hint}", 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
@@ -345,11 +330,6 @@ def main() -> None:
         _die(str(error), error.exit_code)
     except _expected_errors() as error:
         _die(str(error), 2)
-
-
-def _about_adapter(name: str, rank: int, components: Sequence[str]) -> str:
-    where = ", changes the text encoder" + (" too" if "denoiser" in components else " alone")
-    return f"{name} (rank {rank}{where if 'text_encoder' in components else ''})"
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

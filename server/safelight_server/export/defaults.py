@@ -11,6 +11,8 @@ from safelight_server.export.options import ExportOptions
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import Findings, Source
 
+MAX_EDGE_PX = 16_384
+"""Longest edge of a picture; no model of the families here was trained at a quarter of that."""
 TRANSFORMER_SIZE = 128
 """Of a latent, where a transformer's configuration does not say: diffusers' default."""
 DISTILLED_GUIDANCE_SCALE = 1.0
@@ -30,6 +32,8 @@ def sizes_of(
         for width, height in wanted:
             if min(width, height) < 1 or width % multiple or height % multiple:
                 findings.faults.append(f"--sizes {width}x{height}: must be multiples of {multiple}")
+            elif max(width, height) > MAX_EDGE_PX:
+                findings.faults.append(f"--sizes {width}x{height}: edges have at most {MAX_EDGE_PX} pixels")
             elif largest is not None and max(width, height) > factor * largest:
                 findings.faults.append(
                     f"--sizes {width}x{height}: the denoiser has positions for edges of at most {factor * largest}"

@@ -17,7 +17,6 @@ import gc
 import json
 import logging
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +65,7 @@ from safelight_server.export.options import ExportFormat, ExportOptions
 from safelight_server.export.plan import ROLES, ExportPlan
 from safelight_server.export.repository import write_config
 from safelight_server.export.source import FAMILIES, ExportError
+from safelight_server.export.staging import staging_folder
 from safelight_server.export.text_adapters import fitting_text, text_adapters_of, text_room
 
 Report = Callable[[str], None]
@@ -99,15 +99,13 @@ def export(folder: Path, models: Path, options: ExportOptions, report: Report = 
     made = plan.make(folder, options)
     if not options.replace:
         refuse_to_break(models, made)
-    with warnings.catch_warnings(), torch.no_grad():
+    with staging_folder(models) as staged, warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", module="torch|copyreg")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         report("reading the weights")
         pipeline = loading.load(made)
-        models.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=models, prefix=".export-") as scratch:
-            _write(made, pipeline, Path(scratch), report)
-            _install(Path(scratch), models, made)
+        _write(made, pipeline, staged, report)
+        _install(staged, models, made)
     return made
 
 

@@ -324,7 +324,7 @@ def _judge_z_image(source: Source, findings: Findings) -> None:
         findings.faults.append(f"{file}: in_channels {inputs} is not {latents}, that of the latent")
     if (found := denoiser.get("cap_feat_dim", 2560)) != (width := text.get("hidden_size", 4096)):
         findings.faults.append(f"{file}: cap_feat_dim {found} is not that of text_encoder, {width}")
-    heads, dims = denoiser.get("n_heads", 30), denoiser.get("axes_dims", [32, 48, 48])
+    heads, dims = denoiser.get("n_heads", 30), denoiser.get("axes_dims") or [32, 48, 48]
     if (width := denoiser.get("dim", 3840)) != heads * sum(dims):
         findings.faults.append(f"{file}: dim {width} is not n_heads {heads} times the sum of axes_dims {dims}")
     lengths = _axes_lens(denoiser)

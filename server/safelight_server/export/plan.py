@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import (
@@ -37,6 +38,7 @@ from safelight_server.export.source import (
     read,
     read_json,
     scheduler_class,
+    type_faults,
 )
 from safelight_server.sampler import NoiseSchedule
 
@@ -62,6 +64,12 @@ OPTION_OF = {
     "controls": "--control",
 }
 """The option that sets a field of the manifest, for messages."""
+FORMS = {
+    "--name": "must have lower-case letters, digits and '-', a letter first, at most 63",
+    "--revision": "must have lower-case letters, digits, '.' and '-', a letter or a digit first, at most 63",
+    "--control": "must have lower-case letters, digits, '.', '_' and '-', a letter or a digit first, at most 63",
+}
+"""What the value of an option that is a name must be, for messages."""
 
 
 @dataclass(frozen=True)
@@ -308,9 +316,15 @@ def faults_of(manifest: Mapping[str, Any]) -> list[str]:
     try:
         made = Manifest.model_validate(manifest)
     except ValidationError as error:
-        places = [(".".join(str(part) for part in at["loc"]), at["msg"]) for at in error.errors()]
-        return [f"{_option(place)}: {what}" for place, what in places]
+        return list(map(_fault_of, error.errors()))
     return [f"{_option(place)}: {what}" for place, _, what in (fault.partition(": ") for fault in check(made))]
+
+
+def _fault_of(error: ErrorDetails) -> str:
+    option = _option(".".join(str(part) for part in error["loc"]))
+    if error["type"] == "string_pattern_mismatch" and option in FORMS:
+        return f"{option} {error['input']!r}: {FORMS[option]}"
+    return f"{option}: {error['msg']}"
 
 
 def _option(place: str) -> str:
@@ -349,6 +363,8 @@ def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Fi
         found = {name: weights.find(source.folder / name, variant, findings) for name in source.family.networks}
         return {name: files.num_values for name, files in found.items()}
     fault, _ = weights.check(checkpoint)
+    if not fault and weights.is_adapter(checkpoint):
+        fault = "is an adapter (LoRA) and no model: put it into a folder in MODELS_DIR/adapters (docs/adapters.md)"
     if fault:
         findings.faults.append(f"{checkpoint} {fault}")
     return {}
@@ -369,6 +385,14 @@ def _controls(
     if len(options.controls) > MAX_CONTROLS:
         findings.faults.append(f"--control: there are {len(options.controls)}; at most {MAX_CONTROLS} are taken")
     for name, folder in options.controls[:MAX_CONTROLS]:
-        networks.judge_control(source, name, read_json(folder / "config.json"), factor, findings)
+        if not (folder / "config.json").is_file():
+            what = "is no folder of diffusers with a ControlNetModel: it has no config.json"
+            findings.faults.append(f"--control {name}={folder}: {what}")
+            continue
+        config = read_json(folder / "config.json")
+        if faults := type_faults(f"--control {name}: config.json", config):
+            findings.faults += faults
+            continue
+        networks.judge_control(source, name, config, factor, findings)
         found[f"--control {name}"] = weights.find(folder, options.variant, findings).num_values
     return found if is_counted else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,10 @@ INDEX_KEYS = {
     "requires_aesthetics_score",
 }
 """Keys of model_index.json beside the components."""
+MAX_WHOLE = 1 << 24
+"""Far above any size of a network, and small enough to compute with."""
+SNAPSHOT = "snapshots/*/model_index.json"
+"""Where a download lies within the folder that is named after the model."""
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -246,7 +250,7 @@ def read(folder: Path, findings: Findings) -> Source:
     if not (folder / "model_index.json").is_file():
         raise ExportError(
             f"{folder} is no diffusers folder: it has no model_index.json"
-            + "".join(f"; {file.name} in it is a checkpoint: give that file" for file in _checkpoints(folder)[:1])
+            + "".join(f"; {hint}" for hint in _hints(folder)[:1])
         )
     index = read_json(folder / "model_index.json")
     family = _family(folder, index)
@@ -263,12 +267,69 @@ def read(folder: Path, findings: Findings) -> Source:
     findings.require()
     configs = {name: read_json(folder / name / "config.json") for name in family.networks}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    for name, config in configs.items():
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        findings.faults += type_faults(f"{name}/{file}", config)
+    findings.require()
     for name in NOT_EXPORTED:
         if name != "feature_extractor" and _class_of(index, name):
             findings.notes.append(f"{name} ({_class_of(index, name)}) is not exported: pictures do not pass through it")
     if index.get("add_watermarker"):
         findings.notes.append("add_watermarker is not served: pictures have no watermark")
     return Source(folder, family, index, configs, licence_of(folder / "README.md"))
+
+
+def type_faults(file: str, config: Config) -> list[str]:
+    """The faults of the values of a configuration that are computed with, each of which must be of diffusers' type."""
+    return [
+        f"{file}: {key} {config[key]!r} cannot be read: it must be {what}"
+        for keys, is_good, what in _FORMS
+        for key in keys
+        if key in config and not is_good(config[key])
+    ]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_WHOLE
+
+
+def _are_whole(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_whole, value))
+
+
+_NUMBERS = (
+    "hidden_size",
+    "projection_dim",
+    "d_model",
+    "latent_channels",
+    "in_channels",
+    "patch_size",
+    "pos_embed_max_size",
+    "max_position_embeddings",
+    "num_train_timesteps",
+    "steps_offset",
+    "cap_feat_dim",
+    "dim",
+    "n_heads",
+)
+_LISTS = (
+    "block_out_channels",
+    "decoder_block_out_channels",
+    "axes_dims",
+    "axes_lens",
+    "conditioning_embedding_out_channels",
+)
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (_NUMBERS, _is_whole, "a whole number"),
+    (("beta_start", "beta_end"), lambda value: isinstance(value, int | float) and 0 <= value < 1, "from 0 to below 1"),
+    (_LISTS, lambda value: value is None or _are_whole(value), "a list of whole numbers"),
+    (
+        ("sample_size",),
+        lambda value: value is None or _is_whole(value) or (_are_whole(value) and len(value) == 2),
+        "a whole number, or two of them",
+    ),
+)
+"""Keys, what their values must be, and that in words."""
 
 
 def _family(folder: Path, index: Config) -> Family:
@@ -311,12 +372,18 @@ def read_json(file: Path) -> Config:
         found = json.loads(file.read_bytes())
     except OSError as error:
         raise ExportError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{file} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ExportError(f"{file} is not a JSON object")
     return found
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if file.suffix in CHECKPOINTS) if folder.is_dir() else []
+def _hints(folder: Path) -> list[str]:
+    """What is in a folder without a model_index.json that the user may have meant, the likeliest first."""
+    found = ["it was exported already: serve it, or add --quantize"] if (folder / "pipeline.json").is_file() else []
+    if (folder / "config.json").is_file():
+        return [*found, "it is one network, not a pipeline: give the folder of the pipeline"]
+    found += [f"{at.parent} is one" for at in (*folder.glob("*/model_index.json"), *folder.glob(SNAPSHOT))]
+    checkpoints = sorted(file.name for file in folder.glob("*") if file.suffix in CHECKPOINTS)
+    return found + [f"{name} in it is a checkpoint: give that file" for name in checkpoints]

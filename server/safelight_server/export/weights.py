@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from safelight_server.export.source import Findings
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """How diffusers and transformers name weights."""
 SUFFIXES = (".safetensors", ".bin")
+LORA = re.compile(r"[._]lora[._]|[._]lora_(A|B|down|up)\b")
+"""What is in the names of an adapter's weights."""
 LFS = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100 << 20
 
@@ -44,8 +48,12 @@ def find(folder: Path, variant: str, findings: Findings) -> WeightFiles:
             if whole.is_file():
                 return _checked((whole,), name, findings)
             if index.is_file():
-                shards = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
-                return _checked(tuple(folder / shard for shard in shards), name, findings)
+                try:
+                    shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                    return _checked(tuple(folder / shard for shard in shards), name, findings)
+                except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                    findings.faults.append(f"{name}: {index.name} is no list of files")
+                    return WeightFiles((), 0)
     variants = {
         file.name.split(".")[1].split("-")[0]
         for suffix in SUFFIXES
@@ -90,8 +98,17 @@ def check(file: Path) -> tuple[str, int]:
             header: dict[str, Any] = json.loads(stream.read(length))
             tensors = [entry for key, entry in header.items() if key != "__metadata__"]
             end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-            values = sum(math.prod(entry["shape"]) for entry in tensors)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            values = sum(math.prod(map(operator.index, entry["shape"])) for entry in tensors)
+            missing = 8 + length + end - size
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError):
             return "is no safetensors file", 0
-    missing = 8 + length + end - size
     return (f"is cut off: {missing} bytes are missing" if missing > 0 else ""), values
+
+
+def is_adapter(file: Path) -> bool:
+    """Whether a file that `check` has accepted has the weights of an adapter (LoRA) in place of a network's."""
+    if file.suffix != ".safetensors":
+        return False
+    with file.open("rb") as stream:
+        keys = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return any(LORA.search(key) for key in keys)

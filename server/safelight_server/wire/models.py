@@ -57,6 +57,7 @@ def model_message(
             max_guidance_scale=manifest.limits.max_guidance_scale,
             max_outputs=manifest.limits.max_outputs,
             max_prompt_tokens=max(file.max_tokens for file in manifest.tokenizers),
+            max_adapter_rank=0 if manifest.adapters is None else manifest.adapters.max_rank,
         ),
         notes=[*manifest.notes, *_tolerance_note(runtime.batch_tolerance(pipeline.name))],
         step_times=_times(runtime.cost(pipeline.name, Component.DENOISER)),

@@ -359,7 +359,7 @@ class AdapterInfo(_message.Message):
     """
     rank: _builtins.int
     """Its rank. The model bounds the sum of the ranks of a request's adapters. A
-    request beyond that is refused, and the error names the bound.
+    request beyond that is refused: see `ModelLimits.max_adapter_rank`.
     """
     @_builtins.property
     def components(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -477,7 +477,9 @@ Global___ModelDefaults: _TypeAlias = ModelDefaults  # noqa: Y015
 
 @_typing.final
 class ModelLimits(_message.Message):
-    """Bounds of a model; a request beyond one of the first three is refused."""
+    """Bounds of a model; a request beyond one of them is refused, but for that of
+    prompts.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -485,6 +487,7 @@ class ModelLimits(_message.Message):
     MAX_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     MAX_OUTPUTS_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTER_RANK_FIELD_NUMBER: _builtins.int
     max_num_inference_steps: _builtins.int
     """Maximum number of denoising steps."""
     max_guidance_scale: _builtins.float
@@ -495,6 +498,10 @@ class ModelLimits(_message.Message):
     """Number of tokens in the text encoder's context. A longer prompt is cut, and
     `Accepted.warnings` says so.
     """
+    max_adapter_rank: _builtins.int
+    """Maximum sum of the ranks of a request's adapters. 0: the model takes no
+    adapters.
+    """
     def __init__(
         self,
         *,
@@ -502,10 +509,11 @@ class ModelLimits(_message.Message):
         max_guidance_scale: _builtins.float = ...,
         max_outputs: _builtins.int = ...,
         max_prompt_tokens: _builtins.int = ...,
+        max_adapter_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "max_num_inference_steps", b"max_num_inference_steps", "max_outputs", b"max_outputs", "max_prompt_tokens", b"max_prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_adapter_rank", b"max_adapter_rank", "max_guidance_scale", b"max_guidance_scale", "max_num_inference_steps", b"max_num_inference_steps", "max_outputs", b"max_outputs", "max_prompt_tokens", b"max_prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2333,7 +2333,7 @@ pub struct AdapterInfo {
     #[prost(string, tag = "2")]
     pub sha256: ::prost::alloc::string::String,
     /// Its rank. The model bounds the sum of the ranks of a request's adapters. A
-    /// request beyond that is refused, and the error names the bound.
+    /// request beyond that is refused: see `ModelLimits.max_adapter_rank`.
     #[prost(int32, tag = "3")]
     pub rank: i32,
     /// The components that it changes: "denoiser", "text_encoder". If it changes
@@ -2377,7 +2377,8 @@ pub struct ModelDefaults {
     #[prost(message, optional, tag = "3")]
     pub sampler: ::core::option::Option<SamplerSpec>,
 }
-/// Bounds of a model; a request beyond one of the first three is refused.
+/// Bounds of a model; a request beyond one of them is refused, but for that of
+/// prompts.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct ModelLimits {
     /// Maximum number of denoising steps.
@@ -2393,6 +2394,10 @@ pub struct ModelLimits {
     /// `Accepted.warnings` says so.
     #[prost(int32, tag = "4")]
     pub max_prompt_tokens: i32,
+    /// Maximum sum of the ranks of a request's adapters. 0: the model takes no
+    /// adapters.
+    #[prost(int32, tag = "5")]
+    pub max_adapter_rank: i32,
 }
 /// Measured times of calls of one component.
 #[derive(Clone, PartialEq, ::prost::Message)]

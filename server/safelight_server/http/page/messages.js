@@ -252,6 +252,7 @@ export const MESSAGES = {
     max_guidance_scale: [2, "float"],
     max_outputs: [3, "int32"],
     max_prompt_tokens: [4, "int32"],
+    max_adapter_rank: [5, "int32"],
   },
   "safelight.v1.OutputFinished": {
     output_index: [1, "int32"],
