@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from safelight_server.app.server import serving
 from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import load_pipeline
 from safelight_server.export.adapters import target_names
-from safelight_server.export.exporter import export, round_weights, token_ids
-from safelight_server.export.options import AdapterLayers, ExportFormat, ExportOptions
+from safelight_server.export.exporter import round_weights, token_ids
+from safelight_server.export.options import AdapterLayers
 from safelight_server.export.text_adapters import text_adapters_of, text_room
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load
@@ -28,9 +28,11 @@ from safetensors.torch import save_file
 
 from load_tests.ports import free_port
 from tests.training import folders
+from tests.training.exports import exported_once
+from tests.training.test_adapters import OPTIONS, ROOM, SIZE
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
-ROOM, SEED, STEPS, SIZE = 8, 7, 4, 16
+SEED, STEPS = 7, 4
 PROMPT, NEGATIVE = "a red potion", "blurry, ugly!"
 OF_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 OF_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -101,19 +103,19 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=[folders.pipeline, folders.sdxl_pipeline], ids=["sd", "sdxl"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(
+    request: pytest.FixtureRequest, session_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
     torch.set_num_threads(1)
     made = Exported(request.param, tmp_path_factory.mktemp("text_adapters"))
     pipeline = made.make()
-    pipeline.save_pretrained(made.folder / "pipeline")
     write_kohya(made.make, made.folder / "adapters" / "kohya")
     names = list(encoders(pipeline))
     write_trained(made.make, made.folder / "adapters" / "both", ["unet", *names], 4)
     write_trained(made.make, made.folder / "adapters" / "word", names, 5)
-    options = ExportOptions(
-        "tiny", licence="CC0-1.0", sizes=((SIZE, SIZE),), format=ExportFormat.BOTH, adapter_rank=ROOM
-    )
-    export(made.folder / "pipeline", made.folder / "models", options)
+    options = OPTIONS if made.make is folders.pipeline else replace(OPTIONS, adapter_layers=AdapterLayers.BLOCKS)
+    place = exported_once(session_folder, made.make.__name__, options)
+    (made.folder / "models").symlink_to(place / "models")
     return made
 
 
