@@ -152,9 +152,9 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=["icons", "sd15"])
-def both(request, session_folder):
+def both(request):
     """The components in torch, and the same served."""
-    pipeline, models = exported(request.param, session_folder)
+    pipeline, models = exported(request.param)
     served = Served(models)
     [picture] = served.pictures(prompts(1)[0], [5], 1.0, "ddim", 1.0)
     assert np.ptp(picture) > 64 and len(np.unique(picture)) > 32, "pictures that are flat would compare nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from safelight_server.export.options import ExportOptions
 from safelight_server.sampler import SamplerSpec, gaussian
 
 from tests.training.cells import EVERY
-from tests.training.exports import once
 from training import networks
 from training.icons import caption, sample_spec
 from training.recipe import RECIPE
@@ -104,26 +104,24 @@ def build(kind: str) -> StableDiffusionPipeline:
 
 
 @functools.cache
-def exported(kind: str, session_folder: Path) -> tuple[StableDiffusionPipeline, Path]:
-    """What `build` makes, and the models folder that it is exported into.
+def exported(kind: str) -> tuple[StableDiffusionPipeline, Path]:
+    """What `build` makes, and the models folder that it is exported into: once for all tests of this process.
 
     Its scheduler may be replaced; nothing else of it may be changed.
     """
     torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix=kind))  # it goes with all others when the tests end, see tests/conftest.py
     pipeline = build(kind)
+    pipeline.save_pretrained(folder / "pipeline")
+    export(folder / "pipeline", folder / "models", ExportOptions("tiny", licence="CC0-1.0"))
     pipeline.set_progress_bar_config(disable=True)
-
-    def fill(place: Path) -> None:
-        pipeline.save_pretrained(place / "pipeline")
-        export(place / "pipeline", place / "models", ExportOptions("tiny", licence="CC0-1.0"))
-
-    return pipeline, once(session_folder / f"parity-{kind}", fill) / "models"
+    return pipeline, folder / "models"
 
 
 @pytest.fixture(scope="module", params=["icons", "sd15"])
-def both(request, session_folder):
+def both(request):
     """The pipeline in torch, and the same exported."""
-    pipeline, models = exported(request.param, session_folder)
+    pipeline, models = exported(request.param)
     return pipeline, Sampler(models / "pipelines" / "tiny" / "1" / "pipeline.json")
 
 
