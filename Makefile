@@ -96,7 +96,7 @@ test: setup ## Run the tests that need nothing but the virtual environment (4 to
 .PHONY: test-training
 test-training: .venv-training/.installed ## Run the tests against torch and diffusers (14 to 18 min)
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
-	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
+	  -W ignore::UserWarning --timeout 600 -n 2 --dist loadfile tests/training  # warnings of torch and diffusers are not ours to mend
 
 .PHONY: test-peers
 test-peers: .venv-training/.installed ## Run the tests of the latency benchmark, with its peers (1 min)

@@ -12,12 +12,10 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safelight import Client
 from safelight_server.app.server import serving
-from safelight_server.catalog import adapters
-from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.export.adapters import Adapters, target_names
-from safelight_server.export.components import Denoiser, DenoiserXL
+from safelight_server.catalog import adapters, catalog
+from safelight_server.domain.component import Component
+from safelight_server.export.adapters import target_names
 from safelight_server.export.exporter import export, round_weights
-from safelight_server.export.onnx_file import write_onnx
 from safelight_server.export.options import AdapterLayers, ExportOptions
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load
@@ -28,7 +26,7 @@ from load_tests.ports import free_port
 from tests.training import folders
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
-RANK = 2
+RANK, SIZE = 2, 8
 KINDS = {
     "attention": r"to_[qkv]|to_out\.0",
     "feed-forward": r"ff\.net\.0\.proj|ff\.net\.2",
@@ -133,15 +131,19 @@ def write_kohya(base: str, unet: nn.Module, kind: str, file: Path) -> None:
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A pipeline's folder, and an adapter of each kind of layer in `adapters/` beside it."""
+    """A pipeline's folder, an adapter of each kind of layer in `adapters/` beside it, and its export in `models/`."""
     torch.set_num_threads(1)
     name, place = request.param, tmp_path_factory.mktemp(request.param)
     pipeline = PIPELINES[name]()
     pipeline.save_pretrained(place / "pipeline")
+    folders.spare_encoder(place / "pipeline")
     present = {kind_of(layer) for layer in target_names(pipeline.unet, AdapterLayers.ALL)}
     assert present == KINDS.keys() - {"all"} - ({"sizes"} if name == "sd15" else set())
     for kind in [*present, "all"]:
         write_kohya(name, pipeline.unet, kind, place / "adapters" / kind.replace(" ", "-") / "adapter.safetensors")
+    room = {"adapter_rank": RANK + 1, "adapter_layers": AdapterLayers.ALL}
+    options = ExportOptions("tiny", licence="CC0-1.0", sizes=((SIZE, SIZE),), **room)
+    export(place / "pipeline", place / "models", options)
     return name, place
 
 
@@ -186,21 +188,16 @@ def test_every_kind_of_layer_is_changed_as_diffusers_changes_it(base):
         if kind:
             pipeline.unload_lora_weights()
 
-    targets = Adapters(pipeline.unet, target_names(pipeline.unet, AdapterLayers.ALL))
-    denoiser = (DenoiserXL if name == "sdxl" else Denoiser)(pipeline.unet, targets).eval()
-    room = AdapterRoom.model_validate(targets.room(RANK + 1))
+    served = catalog.load(place / "models").get("tiny")
+    room = served.manifest.adapters
     weights = np.zeros((len(kinds), room.max_rank, room.width), np.float32)
     for row, kind in enumerate(kinds):
         if kind:
             data = (place / "adapters" / kind / "adapter.safetensors").read_bytes()
             weights[row, :RANK] = adapters.packed(adapters.parse(data), room)
-    file = place / "denoiser" / "1" / "model.onnx"
-    with torch.no_grad():
-        example = {key: tensor[:2] for key, tensor in given.items()} | targets.examples(room.max_rank, 2)
-        write_onnx(denoiser, [example], denoiser.outputs, file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file, options)
+    session = onnxruntime.InferenceSession(served.files[Component.DENOISER], options)
     feed = {key: tensor.numpy() for key, tensor in given.items()}
     feed |= {"adapter_weights": weights, "adapter_scales": np.ones(weights.shape[:2], np.float32)}
     [together] = session.run(None, feed)
@@ -212,16 +209,13 @@ def test_every_kind_of_layer_is_changed_as_diffusers_changes_it(base):
         assert np.array_equal(together[row], alone[0]), kind
 
 
-PROMPT, SEED, STEPS, GUIDANCE, SIZE = "a red potion", 7, 4, 5.0, 8
+PROMPT, SEED, STEPS, GUIDANCE = "a red potion", 7, 4, 5.0
 
 
 async def test_whole_pictures_with_all_layers_changed_are_those_of_diffusers(base):
     """From the exported folder through a server, within 1/255."""
     _, place = base
-    room = {"adapter_rank": RANK, "adapter_layers": AdapterLayers.ALL}
-    options = ExportOptions("tiny", licence="CC0-1.0", sizes=((SIZE, SIZE),), **room)
-    export(place / "pipeline", place / "served", options)
-    settings = load(port=free_port(), models_dir=place / "served", adapters_dir=place / "adapters", num_instances=1)
+    settings = load(port=free_port(), models_dir=place / "models", adapters_dir=place / "adapters", num_instances=1)
     async with serving(settings) as running, Client(running.address) as client:
 
         async def ours(**scales: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,17 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from safelight import Client
 from safelight_server.app.server import serving
+from safelight_server.catalog import catalog
 from safelight_server.catalog.adapters import AdapterLibrary
-from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.export.adapters import Adapters, target_names
-from safelight_server.export.components import Denoiser
-from safelight_server.export.exporter import export, round_weights
-from safelight_server.export.onnx_file import write_onnx
-from safelight_server.export.options import AdapterLayers, ExportOptions
+from safelight_server.domain.component import Component
+from safelight_server.export.exporter import round_weights
+from safelight_server.export.options import AdapterLayers, ExportFormat, ExportOptions
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load
 
 from load_tests.ports import free_port
 from tests.training import folders
+from tests.training.exports import exported_once
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 ROOM = 8
@@ -60,32 +60,50 @@ def write_adapters(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     )
 
 
+SIZE = 16
+OPTIONS = ExportOptions(
+    "tiny",
+    licence="CC0-1.0",
+    sizes=((SIZE, SIZE),),
+    format=ExportFormat.BOTH,
+    adapter_rank=ROOM,
+    adapter_layers=AdapterLayers.ATTENTION,
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A pipeline as diffusers saves it, its export, and a folder of two adapters that were trained for it."""
+
+    pipeline: Path
+    models: Path
+    trained: Path
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a pipeline, and of two adapters that were trained for it."""
+def exported(session_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("adapters")
+    place, trained = exported_once(session_folder, "pipeline", OPTIONS), tmp_path_factory.mktemp("trained")
     pipeline = folders.pipeline()
-    pipeline.save_pretrained(place / "pipeline")
     round_weights(pipeline.unet)
-    write_adapters(pipeline, place / "trained")
-    return place
+    write_adapters(pipeline, trained)
+    return Exported(place / "pipeline", place / "models", trained)
 
 
-def theirs(models: Path, **scales: float) -> StableDiffusionPipeline:
+def theirs(exported: Exported, **scales: float) -> StableDiffusionPipeline:
     """diffusers' pipeline with these adapters, loaded by diffusers and peft."""
-    pipeline = StableDiffusionPipeline.from_pretrained(models / "pipeline", safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(exported.pipeline, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         round_weights(network)
     if "wide" in scales:
-        loaded = peft.PeftModel.from_pretrained(pipeline.unet, models / "trained" / "wide", adapter_name="wide")
+        loaded = peft.PeftModel.from_pretrained(pipeline.unet, exported.trained / "wide", adapter_name="wide")
         pipeline.unet = loaded.get_base_model()
         pipeline.unet._hf_peft_config_loaded = True
         pipeline.unet.peft_config = loaded.peft_config
     if "narrow" in scales:
-        pipeline.load_lora_weights(models / "trained" / "narrow", adapter_name="narrow")
+        pipeline.load_lora_weights(exported.trained / "narrow", adapter_name="narrow")
     if scales:
         pipeline.set_adapters(list(scales), adapter_weights=list(scales.values()))
     return pipeline
@@ -96,16 +114,14 @@ MIXED = [{}, {"wide": 1.0}, {"narrow": 0.7}, {"wide": -0.5, "narrow": 1.3}, {}, 
 
 
 @pytest.fixture(scope="module")
-def batch(models: Path) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]:
+def batch(exported: Exported) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]:
     """The exported denoiser and a batch of it, whose rows have different adapters."""
     rng, rows = np.random.default_rng(3), len(MIXED)
-    unet = theirs(models).unet
-    adapters = Adapters(unet, target_names(unet, AdapterLayers.ATTENTION))
-    denoiser = Denoiser(unet, adapters).eval()
-    room = AdapterRoom.model_validate(adapters.room(ROOM))
-    library = AdapterLibrary(models / "trained", {"tiny": room})
+    pipeline = catalog.load(exported.models).get("tiny")
+    room = pipeline.manifest.adapters
+    library = AdapterLibrary(exported.trained, {"tiny": room})
     feed = {
-        "sample": rng.standard_normal((rows, 4, 4, 4), np.float32),
+        "sample": rng.standard_normal((rows, *pipeline.latent_shape(SIZE, SIZE)), np.float32),
         "timestep": rng.uniform(0, 999, rows).astype(np.float32),
         "encoder_hidden_states": rng.standard_normal((rows, 77, 16), np.float32),
         "adapter_weights": np.zeros((rows, ROOM, room.width), np.float32),
@@ -120,11 +136,7 @@ def batch(models: Path) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndar
             first += len(weights)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    file = models / "denoiser" / "1" / "model.onnx"
-    given = {name: torch.from_numpy(feed[name][:2]) for name in ("sample", "timestep", "encoder_hidden_states")}
-    with torch.no_grad():
-        write_onnx(denoiser, [given | adapters.examples(ROOM, 2)], denoiser.outputs, file)
-    return onnxruntime.InferenceSession(file, options), feed
+    return onnxruntime.InferenceSession(pipeline.files[Component.DENOISER], options), feed
 
 
 def test_rows_of_a_mixed_batch_have_the_bits_that_they_have_alone(batch):
@@ -136,13 +148,13 @@ def test_rows_of_a_mixed_batch_have_the_bits_that_they_have_alone(batch):
     assert len({row.tobytes() for row in together}) == len(MIXED)
 
 
-def test_rows_are_those_of_peft(models, batch):
+def test_rows_are_those_of_peft(exported, batch):
     session, feed = batch
     [ours] = session.run(None, feed)
     inputs = {name: torch.from_numpy(feed[name]) for name in ("sample", "timestep", "encoder_hidden_states")}
-    plain = theirs(models).unet
+    plain = theirs(exported).unet
     for row, named in enumerate(MIXED):
-        unet = theirs(models, **named).unet
+        unet = theirs(exported, **named).unet
         with torch.no_grad():
             given = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
             expected, bare = (one(**given, return_dict=False)[0][0].numpy() for one in (unet, plain))
@@ -152,14 +164,12 @@ def test_rows_are_those_of_peft(models, batch):
 
 
 PICTURES = [{"wide": 1.0}, {"narrow": 0.7}, {"wide": -0.5, "narrow": 1.3}]
-PROMPT, SEED, STEPS, GUIDANCE, SIZE = "a red potion", 7, 4, 5.0, 16
+PROMPT, SEED, STEPS, GUIDANCE = "a red potion", 7, 4, 5.0
 
 
-async def test_whole_pictures_are_those_of_diffusers(models):
+async def test_whole_pictures_are_those_of_diffusers(exported):
     """From the exported folder through a server, with one adapter and with two; within 1/255."""
-    options = ExportOptions("tiny", licence="CC0-1.0", sizes=((SIZE, SIZE),), adapter_rank=ROOM)
-    export(models / "pipeline", models / "served", options)
-    settings = load(port=free_port(), models_dir=models / "served", adapters_dir=models / "trained", num_instances=1)
+    settings = load(port=free_port(), models_dir=exported.models, adapters_dir=exported.trained, num_instances=1)
     async with serving(settings) as running, Client(running.address) as client:
 
         async def ours(**adapters: float) -> np.ndarray:
@@ -171,6 +181,6 @@ async def test_whole_pictures_are_those_of_diffusers(models):
     noise = torch.from_numpy(gaussian(SEED, 0, 0, (4, SIZE // 2, SIZE // 2)))[None]
     for scales, picture in zip(PICTURES, pictures, strict=True):
         given = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-        expected = theirs(models, **scales)(PROMPT, latents=noise, **given).images[0]
+        expected = theirs(exported, **scales)(PROMPT, latents=noise, **given).images[0]
         assert np.abs(picture - np.asarray(expected, int)).max() <= 1, scales
         assert np.abs(picture - plain).max() > 8, "the adapters matter"

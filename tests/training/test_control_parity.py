@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from safelight_server.export.onnx_file import check_parity
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table, controlled_steps
 
 from tests.training import folders
+from tests.training.cells import EVERY
 from tests.training.test_image_parity import picture_of
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
@@ -165,7 +165,7 @@ def session(file: Path, **changes: Any) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-FAMILIES = ("sd15", "sdxl") if os.environ.get("SAFELIGHT_ALL_PARITY") else ("sd15",)
+FAMILIES = ("sd15", "sdxl") if EVERY else ("sd15",)
 """Each takes most of a minute to export; CI has one."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import time
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from safelight_server.sampler import guided_steps as steps_of_interval
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry import Metrics
 
+from tests.training.cells import EVERY
 from tests.training.test_pipeline_parity import exported, prompts
 from training import networks
 
@@ -212,8 +214,17 @@ def off(ours: Pixels, reference: Image.Image) -> int:
     return int(np.abs(ours.astype(int) - np.asarray(reference).astype(int)).max())
 
 
-@pytest.mark.parametrize("strength", [0.1, 0.7, 1.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+STARTS = list(itertools.product(SAMPLERS, (0.1, 0.7, 1.0)))
+CI_STARTS = [
+    *itertools.product(SAMPLERS, (0.7,)),
+    ("ddim", 0.1),
+    ("euler_ancestral", 0.1),
+    ("euler", 1.0),
+    ("lcm", 1.0),
+]
+
+
+@pytest.mark.parametrize(("sampler", "strength"), STARTS if EVERY else CI_STARTS)
 def test_development_from_a_picture_is_that_of_diffusers(both, theirs, sampler, strength):
     _, served = both
     prompt, init = prompts(1)[0], picture_of(served.size)
@@ -227,9 +238,11 @@ def test_development_from_a_picture_is_that_of_diffusers(both, theirs, sampler, 
         assert off(picture, reference) <= 1, seed
 
 
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+PARTS = list(itertools.product(SAMPLERS, (0.6, 1.0), (False, True)))
+CI_PARTS = [*PARTS[0::4], *PARTS[3::4]]
+
+
+@pytest.mark.parametrize(("sampler", "strength", "soft"), PARTS if EVERY else CI_PARTS)
 def test_a_part_developed_anew_is_that_of_diffusers(both, theirs, sampler, strength, soft):
     torch_pipeline, served = both
     if torch_pipeline.unet.config.in_channels != 4:
@@ -290,10 +303,12 @@ def guided_reference(pipeline: StableDiffusionPipeline, seed: int, guided: range
     ).images[0]
 
 
-@pytest.mark.parametrize(
-    ("interval", "rescale"), [((0, 1), 0.7), ((0, 1), 1.0), ((0.2, 0.8), 0.0), ((0, 0.5), 0.0), ((0.5, 1), 0.7)]
-)
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+KINDS = [((0, 1), 0.7), ((0, 1), 1.0), ((0.2, 0.8), 0.0), ((0, 0.5), 0.0), ((0.5, 1), 0.7)]
+GUIDED = [(sampler, *kind) for kind in KINDS for sampler in ("ddim", "dpmpp_2m")]
+CI_GUIDED = [*GUIDED[0::4], *GUIDED[3::4]]
+
+
+@pytest.mark.parametrize(("sampler", "interval", "rescale"), GUIDED if EVERY else CI_GUIDED)
 def test_kinds_of_guidance_are_those_of_diffusers(both, theirs, sampler, interval, rescale):
     _, served = both
     guided = steps_of_interval(STEPS, *interval)

@@ -5,7 +5,6 @@ The server's side is the exporter, and its engine on ONNX Runtime from the pictu
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.training import folders
+from tests.training.cells import EVERY
 from tests.training.test_image_parity import STEPS, Pixels, Served, off, picture_of, png
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
@@ -32,7 +32,7 @@ SIZES = ((16, 24), (32, 16))
 PROMPT = "A red potion, wow! 8k!!"
 PICTURE = picture_of((50, 37))
 SEEDS = [5, 6]
-KINDS = ["sd", "sd-plus", "sdxl", "adapters"] if os.environ.get("SAFELIGHT_ALL_PARITY") else ["sd"]
+KINDS = ["sd", "sd-plus", "sdxl", "adapters"] if EVERY else ["sd"]
 """Each takes most of a minute; CI has one."""
 
 

@@ -6,7 +6,6 @@ One small pipeline like Stable Diffusion 1.5 with two control networks, an IP-Ad
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from safelight_server.sampler import gaussian
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.training import folders
+from tests.training.cells import EVERY
 from tests.training.serving import served_on_torch
 from tests.training.test_image_parity import picture_of
 
@@ -48,7 +48,7 @@ pytestmark = [
 PROMPT, SEED, STEPS, GUIDANCE = "a red potion", 7, 6, 5.0
 SIZES = ((16, 24), (32, 16))
 NAMES = ("edges", "depth")
-FAMILIES = ("sd15", "sdxl") if os.environ.get("SAFELIGHT_ALL_PARITY") else ("sd15",)
+FAMILIES = ("sd15", "sdxl") if EVERY else ("sd15",)
 Wish = tuple[str, float, float, float]
 """A control network with scale, start and end."""
 CASES: list[tuple[list[Wish], float]] = [

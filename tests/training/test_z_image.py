@@ -6,7 +6,6 @@ CI has a part of the cells; `SAFELIGHT_ALL_PARITY=1 make test-training` has all 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from safelight_server.sampler import INITIAL, POSTERIOR, gaussian
 from safelight_server.settings import load
 
 from tests.training import folders
+from tests.training.cells import EVERY
 from tests.training.test_image_parity import picture_of, png
 from tests.training.test_transformer_parity import LEAST_CONTRAST, MOST_CLIPPED
 
@@ -48,7 +48,6 @@ PROMPTS = ("a red dragon, wow! 8k!!", "an old castle at night in the water of a 
 NEGATIVE = "blurry, ugly, new photo with a man on a ship in the color green"
 SIZES = ((16, 24), (32, 16))
 SEEDS = [5, 6]
-EVERY = bool(os.environ.get("SAFELIGHT_ALL_PARITY"))
 SCHEDULERS: dict[str, dict[str, Any]] = {"shift": {}, "dynamic": {"use_dynamic_shifting": True}}
 
 
