@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safelight_server.catalog import adapters
+from safelight_server.catalog import adapter_files
 from safelight_server.catalog.catalog import load_pipeline
 from safelight_server.catalog.pixels import to_pixels
 from safelight_server.domain.component import Component
@@ -26,7 +26,7 @@ class Sampler(OfflinePipeline):
         pipeline = load_pipeline(manifest, manifest.parents[3] / "repository")
         room, weights = pipeline.manifest.adapters, None
         if adapter is not None and room is not None:
-            weights = adapters.packed(adapters.parse(adapter.read_bytes()), room)
+            weights = adapter_files.packed(adapter_files.parse(adapter.read_bytes()), room)
         elif adapter is not None:
             raise SystemExit(f"{manifest} has no room for adapters: export it with --adapter-rank")
         super().__init__(pipeline, threads=threads, adapter=weights)

@@ -10,8 +10,8 @@ import torch
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+from safelight_server.catalog.adapter_files import parse
 from safelight_server.catalog.adapter_names import plain_name
-from safelight_server.catalog.adapters import parse
 from safetensors.torch import save
 from torch import Tensor
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safelight import Client
 from safelight_server.app.server import serving
-from safelight_server.catalog import adapters, catalog
+from safelight_server.catalog import adapter_files, catalog
 from safelight_server.domain.component import Component
 from safelight_server.export.adapters import target_names
 from safelight_server.export.exporter import export, round_weights
@@ -194,7 +194,7 @@ def test_every_kind_of_layer_is_changed_as_diffusers_changes_it(base):
     for row, kind in enumerate(kinds):
         if kind:
             data = (place / "adapters" / kind / "adapter.safetensors").read_bytes()
-            weights[row, :RANK] = adapters.packed(adapters.parse(data), room)
+            weights[row, :RANK] = adapter_files.packed(adapter_files.parse(data), room)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(served.files[Component.DENOISER], options)

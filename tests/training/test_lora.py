@@ -16,7 +16,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
-from safelight_server.catalog import adapters
+from safelight_server.catalog import adapter_files
+from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.manifest import AdapterRoom
 from safelight_server.export.adapters import Adapters, target_names
 
@@ -115,9 +116,9 @@ def test_the_server_takes_what_was_trained(icons: Path, plain: Path) -> None:
     unet = StableDiffusionPipeline.from_pretrained(icons, safety_checker=None).unet
     room = AdapterRoom.model_validate(Adapters(unet, target_names(unet, LORA.layers)).room(8))
     for folder in (plain, MODELS / "adapters"):
-        offered = adapters.AdapterLibrary(folder, {"icons": room}).of("icons")
+        offered = AdapterLibrary(folder, {"icons": room}).of("icons")
         assert offered[NAME].rank == LORA.rank, folder
-    packed = adapters.packed(adapters.parse(file.read_bytes()), room)
+    packed = adapter_files.packed(adapter_files.parse(file.read_bytes()), room)
     assert packed.shape == (LORA.rank, room.width)
     assert np.abs(packed).max() > 0
 

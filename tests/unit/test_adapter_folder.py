@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, parse
+from safelight_server.catalog.adapter_files import AdapterFileError, parse
+from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.manifest import AdapterRoom
 from structlog.testing import capture_logs
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safelight_server.catalog import adapters as module
+from safelight_server.catalog.adapter_files import AdapterFileError, packed, parse
 from safelight_server.catalog.adapter_names import diffusers_name
-from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, AdapterRoomError, packed, parse
+from safelight_server.catalog.adapters import AdapterLibrary, AdapterRoomError
 from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
 from safelight_server.domain.component import Component

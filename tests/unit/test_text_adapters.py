@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safelight_server.cache.namespaces import Namespaces
 from safelight_server.cache.prompts import Prompts
-from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, joined_room, packed, parse
+from safelight_server.catalog.adapter_files import AdapterFileError, packed, parse
+from safelight_server.catalog.adapters import AdapterLibrary, joined_room
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.catalog.checks import check
 from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest

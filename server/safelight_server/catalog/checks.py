@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from safelight_server.catalog import config_pbtxt, revisions
-from safelight_server.catalog.adapters import is_of_text
+from safelight_server.catalog.adapter_files import is_of_text
 from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     ADAPTER_SCALES_SOURCE,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from safelight_server.catalog.adapters import AdapterFileError, AdapterRoomError
+from safelight_server.catalog.adapter_files import AdapterFileError
+from safelight_server.catalog.adapters import AdapterRoomError
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.domain.errors import FieldViolation, NotFoundError, UnavailableError
 from safelight_server.domain.request import Spec
