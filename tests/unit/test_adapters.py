@@ -612,7 +612,7 @@ def test_an_adapter_that_could_not_be_read_is_read_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "read_regular_file", without_descriptors)
     adapters = library(tmp_path)
-    assert adapters.misfit("small", "pixel") == "Too many open files"
+    assert adapters.misfit("small", "pixel") == "cannot be read: Too many open files"
     adapters.look()
     assert list(adapters.of("small")) == ["pixel"]
     adapters.look()
