@@ -243,7 +243,9 @@ class AdapterLibrary:
             why = f"cannot be read: {error.strerror}"
             if error.errno in LASTING:
                 return stamp, why
-            return None, why if known is None else known[1]  # it is read again, and what was known of it stays till then
+            return None, why if known is None else known[
+                1
+            ]  # it is read again, and what was known of it stays till then
 
     def _read_facts(self, path: Path, is_second: bool) -> AdapterFile:
         """Reads an adapter. `is_second`: another one has its name."""
