@@ -7,20 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
 from safelight import Client
 from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import models_pb2, models_pb2_grpc
+from safelight_server.api.identity import new_key
 from safelight_server.cli.main import main
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import UnavailableError
 
+from load_tests.ports import free_port
 from tests.conftest import eventually
-from tests.integration.test_generate import assert_batched_as_alone, collect, pixels
+from tests.integration.test_generate import assert_batched_as_alone, collect, pixels, reason_of
 from tests.integration.test_images import development
 from tests.support.adapters import matrices, text_matrices, write_adapter
 from tests.support.conditions import NAME, models_with_conditions, serving_conditions
+from tests.support.http import client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 DISPOSITIONS = pb.CacheResult
@@ -180,3 +185,44 @@ async def test_the_list_of_models_says_what_an_adapter_changes(server, monkeypat
     assert not ended.value.code
     said = capsys.readouterr().out
     assert "adapters both (rank 2, text too), other (rank 2, text alone), style (rank 2), word" in said
+
+
+async def test_adapters_of_a_tenant_are_not_there_for_others(models, tmp_path):
+    """Over gRPC and HTTP; an adapter of the same name that is for all is another one."""
+    folder = tmp_path / "adapters"
+    write_kind(folder, "style", 1, 0)
+    write_kind(folder / "@studio", "style", 5, 0)
+    write_kind(folder / "@studio", "secret", 0, 2)
+    (ann, ann_entry), (bob, bob_entry) = new_key("ann", "studio"), new_key("bob", "other")
+    keys = tmp_path / "keys.json"
+    keys.write_text(f'{{"keys": [{ann_entry}, {bob_entry}]}}')
+    settings = {"api_key_file": keys, "adapters_dir": folder, "http_port": free_port()}
+    async with serving_conditions(models, **settings) as (running, channel, stub), client(running) as http:
+        mine, theirs = ((("authorization", f"Bearer {key}"),) for key in (ann, bob))
+        served = models_pb2_grpc.ModelServiceStub(channel)
+        seen = {}
+        for who, metadata in (("ann", mine), ("bob", theirs)):
+            [model] = (await served.ListModels(models_pb2.ListModelsRequest(), metadata=metadata)).models
+            got = await served.GetModel(models_pb2.GetModelRequest(name=model.name), metadata=metadata)
+            assert got.model == model
+            seen[who] = {adapter.name: adapter.sha256 for adapter in model.adapters}
+        assert list(seen["ann"]) == ["secret", "style"]
+        assert list(seen["bob"]) == ["style"]
+        assert seen["ann"]["style"] != seen["bob"]["style"]
+        await collect(stub.Generate(adapted(1, secret=1.0), metadata=mine))
+        for name in ("secret", "unheard-of"):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await collect(stub.Generate(adapted(1, **{name: 1.0}), metadata=theirs))
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+            assert reason_of(refused.value) == "ADAPTER_NOT_FOUND"
+            assert refused.value.details() == f"{model.name} has no adapter '{name}'; it has style"
+            body = {"prompt": "red", "adapters": {name: 1}}
+            answer = await http.post("/v1/images/generations", json=body, headers={"authorization": f"Bearer {bob}"})
+            assert answer.status_code == 404
+            assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (
+                "ADAPTER_NOT_FOUND",
+                "adapters",
+            )
+        of_all = await collect(stub.Generate(adapted(1, cached=True, style=1.0), metadata=theirs))
+        of_one = await collect(stub.Generate(adapted(1, cached=True, style=1.0), metadata=mine))
+        assert not np.array_equal(pixels(of_one), pixels(of_all))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,51 @@ def test_a_configuration_of_any_form_is_read_or_an_error_of_ours(config: object)
         except AdapterFileError:
             continue
         assert all(np.isfinite(layer.up).all() for layer in layers.values())
+
+
+def test_what_lies_in_the_folder_of_a_tenant_is_for_that_tenant(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "pixel", rank=1)
+    write_adapter(tmp_path, "ink")
+    write_adapter(tmp_path / "@studio", "pixel", rank=3, seed=1)
+    write_adapter(tmp_path / "@studio", "glow", seed=2)
+    (tmp_path / "@other").mkdir()
+    (tmp_path / "@other" / "ink.safetensors").write_bytes(WHOLE[:-1])
+    adapters = library(tmp_path)
+    found = {tenant: adapters.of("small", tenant) for tenant in ("", "studio", "other", "nobody")}
+    assert list(found["studio"]) == ["glow", "ink", "pixel"]
+    assert found["studio"]["pixel"].rank == 3
+    for tenant in ("", "other", "nobody"):
+        assert list(found[tenant]) == ["ink", "pixel"]
+        assert found[tenant]["pixel"].rank == 1
+    assert "is cut off" in adapters.misfit("small", "ink", "other")
+    assert not adapters.misfit("small", "ink", "studio")
+    for tenant, name in (("", "pixel"), ("studio", "pixel"), ("studio", "glow")):
+        file = found[tenant][name]
+        assert adapters.weights("small", name, file.sha256).shape[0] == file.rank
+    (tmp_path / "@studio" / "pixel" / "adapter_model.safetensors").unlink()
+    (tmp_path / "@studio" / "pixel" / "adapter_config.json").unlink(missing_ok=True)
+    (tmp_path / "@studio" / "pixel").rmdir()
+    adapters.look()
+    assert adapters.of("small", "studio")["pixel"].rank == 1
+
+
+def test_a_folder_of_a_tenant_that_cannot_be_listed_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path / "@studio", "pixel")
+    adapters, listed = library(tmp_path), Path.iterdir
+
+    def denied(path: Path) -> Iterator[Path]:
+        if path.name == "@studio":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    write_adapter(tmp_path, "ink")
+    adapters.look()
+    assert list(adapters.of("small", "studio")) == ["ink", "pixel"]
+
+
+def test_a_folder_that_names_no_tenant_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "@two words" / "pixel").mkdir(parents=True)
+    assert "has a name that requests cannot say" in why_not(tmp_path, "@two words")

@@ -211,7 +211,7 @@ def test_adapters_are_named_with_their_factors(tmp_path):
 def test_a_fault_of_an_adapter_says_which(tmp_path, adapters, what):
     catalog = adapted_catalog(tmp_path, "pixel", "ink")
     request = pb.GenerateRequest()
-    with pytest.raises(InvalidRequestError) as caught:
+    with pytest.raises((InvalidRequestError, NotFoundError)) as caught:
         request = generate_request(parse(json.dumps({"prompt": "red", "adapters": adapters}).encode()), catalog)[0]
         resolve_request(request, catalog, LIMITS)
     [fault] = error_body(in_parameters(status_of(caught.value), request))["error"]["safelight"]["violations"]

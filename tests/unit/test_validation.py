@@ -976,8 +976,6 @@ def adapters(*given: str | tuple[str, float]) -> pb.GenerateRequest:
 
 ADAPTER_SCALE = "must be from -10 to 10"
 ADAPTER_FAULTS = [
-    (adapters("unheard of"), "[0].name", "models/small has no adapter 'unheard of'; it has glow, ink, pixel, wash"),
-    (adapters(""), "[0].name", "models/small has no adapter ''; it has glow, ink, pixel, wash"),
     (
         adapters("pixel", "broken"),
         "[1].name",
@@ -1006,6 +1004,23 @@ def test_a_fault_of_an_adapter_is_named(adapted: Catalog, message: pb.GenerateRe
     [fault] = refused.value.violations
     assert fault.field == f"spec.adapters{field}"
     assert fault.description.startswith(what)
+
+
+@pytest.mark.parametrize("name", ["unheard of", ""])
+def test_an_adapter_that_is_not_there_is_not_found(adapted: Catalog, name: str) -> None:
+    with pytest.raises(NotFoundError, match="has no adapter") as refused:
+        resolve_request(adapters(name), adapted, LIMITS)
+    assert refused.value.reason == "ADAPTER_NOT_FOUND"
+    [fault] = refused.value.violations
+    assert fault.field == "spec.adapters[0].name"
+    assert fault.description == f"models/small has no adapter {name!r}; it has glow, ink, pixel, wash"
+
+
+def test_beside_other_faults_an_adapter_that_is_not_there_is_one_of_them(adapted: Catalog) -> None:
+    message = adapters(("pixel", 10.1), "unheard of")
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(message, adapted, LIMITS)
+    assert [fault.field for fault in refused.value.violations] == ["spec.adapters[0].scale", "spec.adapters[1].name"]
 
 
 def test_a_model_without_room_takes_no_adapters(catalog: Catalog) -> None:

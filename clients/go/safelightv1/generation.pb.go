@@ -1111,9 +1111,10 @@ type GenerationSpec struct {
 	// Adapters (LoRA) that change the denoiser, and the text encoder if they have
 	// weights for it, for this request only. Requests with other adapters, or none,
 	// can share a batch with it. Their order makes no difference. INVALID_ARGUMENT
-	// names this field if the model takes no adapters, and `adapters[i].name` if it
-	// has no adapter of that name (`Model.adapters` lists them). `Accepted.spec`
-	// lists them in the order of their names, without those whose scale is 0.
+	// names this field if the model takes no adapters. NOT_FOUND names
+	// `adapters[i].name` if it has no adapter of that name for this caller
+	// (`Model.adapters` lists them). `Accepted.spec` lists them in the order of
+	// their names, without those whose scale is 0.
 	Adapters []*Adapter `protobuf:"bytes,15,rep,name=adapters,proto3" json:"adapters,omitempty"`
 	// Pictures whose composition the generated picture follows. A control network
 	// (ControlNet) of the model reads each of them. Requests with other controls,

@@ -134,7 +134,7 @@ class Service:
         if not self._generations.knows(caller, request.request_id):  # a known id is a repeated request
             await self._quotas.admit(caller.tenant)
         with stream.stage.within("resolve"):
-            resolved = resolve_request(request, self._catalog, self._limits)
+            resolved = resolve_request(request, self._catalog, self._limits, caller.tenant)
         generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
         return self._open(generation, resolved.preview, stream)
 
@@ -190,26 +190,25 @@ class Service:
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"), tend=False)
         return pb.GetGenerationResponse(generation=wire.generation_message(generation.view()))
 
-    async def list_models(
-        self, request: models_pb2.ListModelsRequest, _caller: Caller
-    ) -> models_pb2.ListModelsResponse:
+    async def list_models(self, request: models_pb2.ListModelsRequest, caller: Caller) -> models_pb2.ListModelsResponse:
         """Returns a page of the models, in the order of their names."""
         names, following = page(list(self._catalog.pipelines), request.page_size, request.page_token)
         unavailable = [] if request.page_token else self._catalog.unavailable.values()
         return models_pb2.ListModelsResponse(
-            models=[self._model(name) for name in names],
+            models=[self._model(name, caller) for name in names],
             next_page_token=following,
             unavailable=[wire.unavailable_model(at) for at in unavailable],
         )
 
-    async def get_model(self, request: models_pb2.GetModelRequest, _caller: Caller) -> models_pb2.GetModelResponse:
+    async def get_model(self, request: models_pb2.GetModelRequest, caller: Caller) -> models_pb2.GetModelResponse:
         """Returns a model."""
         if not request.name:
             raise InvalidRequestError([FieldViolation("name", "must be models/ID")])
-        return models_pb2.GetModelResponse(model=self._model(find_model(request.name, self._catalog, "name").name))
+        name = find_model(request.name, self._catalog, "name").name
+        return models_pb2.GetModelResponse(model=self._model(name, caller))
 
-    def _model(self, name: str) -> models_pb2.Model:
-        adapters = self._catalog.adapters.of(name).values()
+    def _model(self, name: str, caller: Caller) -> models_pb2.Model:
+        adapters = self._catalog.adapters.of(name, caller.tenant).values()
         return wire.model_message(self._catalog.get(name), self._runtime, name == self._catalog.default, adapters)
 
     async def get_cache_stats(

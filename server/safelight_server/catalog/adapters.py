@@ -2,7 +2,8 @@
 
 `<folder>/<name>/` has one `*.safetensors` as peft, diffusers or kohya's scripts
 write it, and beside a file of peft's `adapter_config.json`; `<folder>/<name>.safetensors`
-is an adapter too. An adapter is offered for each model whose room
+is an adapter too. What is in `<folder>/@<tenant>/` is for callers of that tenant alone, and
+goes before a file of the same name that is for all. An adapter is offered for each model whose room
 (`manifest.AdapterRoom`) it fits: every layer that it changes is one of the model's
 targets.
 """
@@ -17,7 +18,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,12 +37,15 @@ from safelight_server.threads import OneAtATime
 log = structlog.get_logger(__name__)
 
 MAX_ADAPTERS = 256
-"""Adapters of the folder that are offered: those first by name."""
+"""Adapters that are offered of those for all, and of those of each tenant: those first by name."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_REASON_CHARS = 300
 LASTING = (errno.EFBIG, errno.EINVAL)
 """Errors of `read_regular_file` that say what a file is. After others it is read again, though it has not changed."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OF_TENANT = re.compile(r"@(?P<tenant>[A-Za-z0-9._-]{1,64})")
+FOR_ALL = ""
+"""Stands for the tenant of adapters that are for all."""
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 LAYERS_HINT = "safelight export --adapter-layers"
@@ -132,24 +136,27 @@ class AdapterLibrary:
         self._text_rooms = dict(text_rooms or {})
         self._max_bytes = max_bytes
         self._files: dict[Path, tuple[object, AdapterFile | str]] = {}
-        self._num_there = 0
-        self._offered: dict[str, dict[str, AdapterFile]] = {}
-        self._misfits: dict[str, dict[str, str]] = {}
+        self._num_there: dict[Path, int] = {}
+        self._offered: dict[str, dict[str, dict[str, AdapterFile]]] = {}  # by model, tenant and name
+        self._misfits: dict[str, dict[str, dict[str, str]]] = {}
         self._one_at_a_time = OneAtATime()
         self._loading = threading.Lock()
         self._counting = threading.Lock()  # held for moments alone, unlike `_loading`
-        self._unreadable = ""
+        self._unreadable: dict[Path, str] = {}
         self._kept: OrderedDict[tuple[str, str], FloatArray] = OrderedDict()
         self._alive: weakref.WeakValueDictionary[tuple[str, str], FloatArray] = weakref.WeakValueDictionary()
         self.look()
 
-    def of(self, model: str) -> Mapping[str, AdapterFile]:
-        """The adapters that fit a model, by name, in the order of their names."""
-        return self._offered.get(model, {})
+    def of(self, model: str, tenant: str = FOR_ALL) -> Mapping[str, AdapterFile]:
+        """The adapters that fit a model, by name, in the order of their names: those for all, and a tenant's own."""
+        offered = self._offered.get(model, {})
+        shared, own = offered.get(FOR_ALL, {}), offered.get(tenant, {})
+        return dict(sorted({**shared, **own}.items())) if own else shared
 
-    def misfit(self, model: str, name: str) -> str:
-        """Why an adapter that is in the folder is not offered for a model; empty where nothing is known of it."""
-        return self._misfits.get(model, {}).get(name, "")
+    def misfit(self, model: str, name: str, tenant: str = FOR_ALL) -> str:
+        """Why an adapter that is there is not offered for a model; empty where a tenant may know nothing of it."""
+        misfits = self._misfits.get(model, {})
+        return misfits.get(tenant, {}).get(name) or misfits.get(FOR_ALL, {}).get(name, "")
 
     async def follow(self) -> None:
         """Looks once a second, until cancelled, what is in the folder; in a thread, so that the loop goes on."""
@@ -163,19 +170,21 @@ class AdapterLibrary:
             return
         if (files := self._look()) is None or files == self._files:
             return
-        offered: dict[str, dict[str, AdapterFile]] = {model: {} for model in self._rooms}
-        misfits: dict[str, dict[str, str]] = {model: {} for model in self._rooms}
+        offered: dict[str, dict[str, dict[str, AdapterFile]]] = {model: {} for model in self._rooms}
+        misfits: dict[str, dict[str, dict[str, str]]] = {model: {} for model in self._rooms}
         for path, (_, found) in files.items():
+            tenant, reasons = _tenant(path), dict[str, str]()
             for model in self._rooms:
                 why = found if isinstance(found, str) else self._misfit(found, model)
                 if isinstance(found, str) or why:
-                    misfits[model].setdefault(_name(path), _shown(why))
+                    reasons[model] = _shown(why)
+                    misfits[model].setdefault(tenant, {}).setdefault(_name(path), reasons[model])
                 else:
-                    offered[model][found.name] = found
+                    offered[model].setdefault(tenant, {})[found.name] = found
             if files[path] != self._files.get(path):
-                self._tell(path, found, offered, misfits)
+                self._tell(path, found, reasons)
         for path in self._files.keys() - files.keys():
-            log.info("adapter_removed", adapter=_name(path))
+            log.info("adapter_removed", **_told(path))
         self._files, self._offered, self._misfits = files, offered, misfits
 
     def _misfit(self, file: AdapterFile, model: str) -> str:
@@ -189,42 +198,53 @@ class AdapterLibrary:
     def _room(self, file: AdapterFile, model: str) -> AdapterRoom:
         return joined_room(self._rooms[model], self._text_rooms.get(model) if file.changes_text else None)
 
-    def _tell(
-        self,
-        path: Path,
-        found: AdapterFile | str,
-        offered: Mapping[str, Mapping[str, AdapterFile]],
-        misfits: Mapping[str, Mapping[str, str]],
-    ) -> None:
-        name = _name(path)
-        models = [model for model, there in offered.items() if there.get(name) is found]
-        if models and isinstance(found, AdapterFile):
+    def _tell(self, path: Path, found: AdapterFile | str, reasons: Mapping[str, str]) -> None:
+        """Logs what was found. `reasons` why not, by the models that an adapter does not fit."""
+        models = [model for model in self._rooms if model not in reasons]
+        if isinstance(found, str):
+            log.warning("adapter_not_offered", **_told(path), file=str(path), reason=_shown(found))
+        elif models:
             facts = {"rank": found.rank, "components": found.components, "sha256": found.sha256}
-            log.info("adapter_offered", adapter=name, models=models, **facts)
-        elif isinstance(found, str):
-            log.warning("adapter_not_offered", adapter=name, file=str(path), reason=_shown(found))
+            log.info("adapter_offered", **_told(path), models=models, **facts)
         else:
-            log.warning("adapter_not_offered", adapter=name, reasons={at: why[name] for at, why in misfits.items()})
+            log.warning("adapter_not_offered", **_told(path), reasons=dict(reasons))
 
     def _look(self) -> dict[Path, tuple[object, AdapterFile | str]] | None:
         """What is in the folder; None: it cannot be read now, and what was there before stays."""
         assert self._folder is not None
-        try:
-            there = [path for path in self._folder.iterdir() if _is_adapter(path)]
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            if self._unreadable != (why := str(error.strerror)):
-                log.error("adapters_unreadable", folder=str(self._folder), error=why)
-            self._unreadable = why
+        if (there := self._listed(self._folder)) is None:
             return None
-        self._unreadable = ""
-        there.sort(key=lambda path: (_name(path), path.suffix == SUFFIX))  # of one name the folder first
-        if len(there) > MAX_ADAPTERS and len(there) != self._num_there:
-            log.warning("too_many_adapters", folder=str(self._folder), offered=MAX_ADAPTERS, there=len(there))
-        self._num_there = len(there)
+        tenants = sorted(path for path in there if OF_TENANT.fullmatch(path.name) and path.is_dir())
+        found = self._found_in(self._folder, [path for path in there if path not in tenants])
+        for folder in tenants:
+            if (there := self._listed(folder)) is None:
+                found |= {path: known for path, known in self._files.items() if path.parent == folder}
+            else:
+                found |= self._found_in(folder, there)
+        return found
+
+    def _listed(self, folder: Path) -> list[Path] | None:
+        """What is in a folder of adapters; None: it cannot be read now."""
+        try:
+            there = list(folder.iterdir())
+        except FileNotFoundError:
+            there = []
+        except OSError as error:
+            if self._unreadable.get(folder) != (why := str(error.strerror)):
+                log.error("adapters_unreadable", folder=str(folder), error=why)
+            self._unreadable[folder] = why
+            return None
+        self._unreadable.pop(folder, None)
+        return there
+
+    def _found_in(self, folder: Path, there: Iterable[Path]) -> dict[Path, tuple[object, AdapterFile | str]]:
+        # Of one name the folder comes first.
+        paths = sorted(filter(_is_adapter, there), key=lambda path: (_name(path), path.suffix == SUFFIX))
+        if len(paths) > MAX_ADAPTERS and len(paths) != self._num_there.get(folder):
+            log.warning("too_many_adapters", folder=str(folder), offered=MAX_ADAPTERS, there=len(paths))
+        self._num_there[folder] = len(paths)
         found, last = {}, ""
-        for path in there[:MAX_ADAPTERS]:
+        for path in paths[:MAX_ADAPTERS]:
             is_second, last = _name(path) == last, _name(path)
             found[path] = self._found(path, is_second)
         return found
@@ -243,9 +263,8 @@ class AdapterLibrary:
             why = f"cannot be read: {error.strerror}"
             if error.errno in LASTING:
                 return stamp, why
-            return None, why if known is None else known[
-                1
-            ]  # it is read again, and what was known of it stays till then
+            # It is read again, and what was known of it stays till then.
+            return None, why if known is None else known[1]
 
     def _read_facts(self, path: Path, is_second: bool) -> AdapterFile:
         """Reads an adapter. `is_second`: another one has its name."""
@@ -304,8 +323,9 @@ class AdapterLibrary:
             return known
 
     def _load(self, model: str, name: str, sha256: str) -> FloatArray:
-        file = self._offered.get(model, {}).get(name)
-        if file is None or file.sha256 != sha256:
+        named = (files[name] for files in self._offered.get(model, {}).values() if name in files)
+        file = next((file for file in named if file.sha256 == sha256), None)
+        if file is None:
             raise AdapterFileError("is not there any more, or its file is another now")
         room = self._room(file, model)
         with self._counting:
@@ -333,6 +353,17 @@ def _is_adapter(path: Path) -> bool:
 def _name(path: Path) -> str:
     """The name of an adapter: that of its folder, or of its file."""
     return path.name.removesuffix(SUFFIX)
+
+
+def _tenant(path: Path) -> str:
+    """The tenant whose callers alone an adapter is for, or `FOR_ALL`."""
+    found = OF_TENANT.fullmatch(path.parent.name)
+    return FOR_ALL if found is None else found["tenant"]
+
+
+def _told(path: Path) -> dict[str, str]:
+    """What logs call an adapter."""
+    return {"adapter": _name(path)} | ({"tenant": tenant} if (tenant := _tenant(path)) else {})
 
 
 def _stamp(path: Path) -> object:

@@ -332,9 +332,16 @@ def in_parameters(status: status_pb2.Status, message: pb.GenerateRequest) -> sta
         renamed.CopyFrom(status)
         renamed.message = status.message.replace(f"request_id {message.request_id}", "this Idempotency-Key")
         return renamed
-    if status.code != code_pb2.INVALID_ARGUMENT or not any(detail.Unpack(bad) for detail in status.details):
+    detail = next((detail for detail in status.details if detail.Unpack(bad)), None)
+    if detail is None:
         return status
-    return status_of(InvalidRequestError([_in_parameter(fault, message) for fault in bad.field_violations]))
+    faults = [_in_parameter(fault, message) for fault in bad.field_violations]
+    if status.code == code_pb2.INVALID_ARGUMENT:
+        return status_of(InvalidRequestError(faults))
+    for fault, named in zip(bad.field_violations, faults, strict=True):
+        fault.field, fault.description = named.field, named.description
+    detail.Pack(bad)
+    return status
 
 
 def _in_parameter(fault: error_details_pb2.BadRequest.FieldViolation, message: pb.GenerateRequest) -> FieldViolation:

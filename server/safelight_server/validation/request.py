@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from safelight.v1 import generation_pb2 as pb
 
+from safelight_server.catalog.adapters import FOR_ALL
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.catalog.pipeline import Pipeline
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError
@@ -45,18 +46,22 @@ class RequestLimits:
     max_resume_grace_s: float
 
 
-def resolve_request(message: pb.GenerateRequest, catalog: Catalog, limits: RequestLimits) -> Request:
+def resolve_request(
+    message: pb.GenerateRequest, catalog: Catalog, limits: RequestLimits, tenant: str = FOR_ALL
+) -> Request:
     """Checks a GenerateRequest and fills in the defaults of its model.
+
+    Args:
+        tenant: the caller's, whose own adapters it may name beside those for all.
 
     Raises:
         InvalidRequestError: with all faults.
-        NotFoundError: there is no such model.
+        NotFoundError: there is no such model, or nothing is wrong but names of adapters that are not there.
     """
     faults, notices = Violations(), list[Notice]()
     pipeline = find_model(message.spec.model, catalog, "spec.model")
-    spec = check_spec(
-        message.spec, pipeline, limits.max_prompt_chars, limits.max_request_rows, faults, notices, catalog.adapters
-    )
+    bounds = limits.max_prompt_chars, limits.max_request_rows
+    spec = check_spec(message.spec, pipeline, *bounds, faults, notices, catalog.adapters, tenant)
     preview = check_preview(message.preview, pipeline, faults)
     encoding = PixelEncoding()
     if message.HasField("encoding"):

@@ -42,8 +42,9 @@ def check_spec(
     faults: Violations,
     notices: list[Notice],
     library: AdapterLibrary,
+    tenant: str,
 ) -> Spec | None:
-    """Checks a GenerationSpec message. None if there are faults."""
+    """Checks a GenerationSpec message of a tenant. None if there are faults."""
     manifest = pipeline.manifest
     prompt, negative = _prompts(message, max_prompt_chars, faults)
     steps, most = manifest.defaults.num_inference_steps, manifest.limits.max_num_inference_steps
@@ -59,7 +60,7 @@ def check_spec(
     sampler = _sampler(message.sampler, pipeline, steps if steps_good else None, faults)
     seeds = _seeds(message, manifest.limits.max_outputs, faults)
     init_image, strength, mask = _init_image(message, pipeline, steps if steps_good else None, faults)
-    adapters = _adapters(message, pipeline, library, faults)
+    adapters = _adapters(message, pipeline, library, tenant, faults)
     image_prompt, image_prompt_scale = _image_prompt(message, pipeline, faults)
     made = None if faults else range(steps_left_out(steps, strength), steps)
     controls = _controls(message, pipeline, made, faults)
@@ -280,7 +281,7 @@ def _init_image(
 
 
 def _adapters(
-    message: pb.GenerationSpec, pipeline: Pipeline, library: AdapterLibrary, faults: Violations
+    message: pb.GenerationSpec, pipeline: Pipeline, library: AdapterLibrary, tenant: str, faults: Violations
 ) -> tuple[AdapterUse, ...]:
     """The adapters that have an effect, in the order of their names."""
     if not message.adapters:
@@ -292,7 +293,7 @@ def _adapters(
     if len(message.adapters) > MAX_ADAPTERS:
         faults.add(field, f"has {len(message.adapters)} entries; at most {MAX_ADAPTERS} are taken")
         return ()
-    offered, used, rank = library.of(pipeline.name), dict[str, AdapterUse](), 0
+    offered, used, rank = library.of(pipeline.name, tenant), dict[str, AdapterUse](), 0
     named = set[str]()
     for index, entry in enumerate(message.adapters):
         at = f"{field}[{index}]"
@@ -302,10 +303,13 @@ def _adapters(
         faults.check(entry.name not in named, f"{at}.name", f"{shown(entry.name)} is there twice; keep one of them")
         named.add(entry.name)
         if (file := offered.get(entry.name)) is None:
-            why = library.misfit(pipeline.name, entry.name)
+            why = library.misfit(pipeline.name, entry.name, tenant)
             has = f"it has {listed(offered)}" if offered else "it has none"
-            what = f"the one in the folder {why}" if why else has
-            faults.add(f"{at}.name", f"{model} has no adapter {shown(entry.name)}; {what}")
+            missing = f"{model} has no adapter {shown(entry.name)}"
+            if why:
+                faults.add(f"{at}.name", f"{missing}; the one in the folder {why}")
+            else:
+                faults.add_missing(f"{at}.name", f"{missing}; {has}", "ADAPTER_NOT_FOUND")
         elif scale:
             used[entry.name] = AdapterUse(entry.name, scale, file.sha256)
             rank += file.rank

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from safelight_server.domain.errors import FieldViolation, InvalidRequestError
+from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError
 
 MAX_FAULTS = 16
 MAX_SHOWN_BYTES = 72
@@ -22,6 +22,7 @@ class Violations:
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
         self._num_more = 0
+        self._missing: list[str] = []
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -33,6 +34,11 @@ class Violations:
         else:
             self._num_more += 1
 
+    def add_missing(self, field: str, description: str, reason: str) -> None:
+        """Adds a fault: what the field names is not there, or not for this caller. `reason` is that of the error."""
+        self._missing.append(reason)
+        self.add(field, description)
+
     def check(self, good: bool, field: str, description: str) -> bool:
         """Adds a fault unless `good`. Returns `good`."""
         if not good:
@@ -43,8 +49,11 @@ class Violations:
         """Ends the checks of a request.
 
         Raises:
-            InvalidRequestError: there are faults; the error lists them.
+            NotFoundError: all that is wrong is that things are not there; the error lists them.
+            InvalidRequestError: there are other faults; the error lists all.
         """
+        if self._found and len(self._missing) == len(self._found) + self._num_more:
+            raise NotFoundError(self._found[0].description, reason=self._missing[0], violations=self._found)
         if self._num_more:
             last = self._found[-1]
             self._found[-1] = FieldViolation(last.field, f"{last.description} (and {self._num_more} faults more)")

@@ -398,9 +398,10 @@ class GenerationSpec(_message.Message):
         """Adapters (LoRA) that change the denoiser, and the text encoder if they have
         weights for it, for this request only. Requests with other adapters, or none,
         can share a batch with it. Their order makes no difference. INVALID_ARGUMENT
-        names this field if the model takes no adapters, and `adapters[i].name` if it
-        has no adapter of that name (`Model.adapters` lists them). `Accepted.spec`
-        lists them in the order of their names, without those whose scale is 0.
+        names this field if the model takes no adapters. NOT_FOUND names
+        `adapters[i].name` if it has no adapter of that name for this caller
+        (`Model.adapters` lists them). `Accepted.spec` lists them in the order of
+        their names, without those whose scale is 0.
         """
 
     @_builtins.property
