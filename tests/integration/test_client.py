@@ -338,7 +338,7 @@ async def test_the_command_line_starts_from_a_picture(server, tmp_path):
         (("--branch", "generations/x@-1"), "must be generations/ID@STEP"),
         (("--cache", "everything"), "everything"),
         (("--steps", "3000000000"), "--steps"),
-        (("--init", "/nowhere.png"), "init_image: /nowhere.png: No such file or directory"),
+        (("--init", "/nowhere.png"), "--init: /nowhere.png: No such file or directory"),
         (("--model", "\udcff"), "--model: is not UTF-8"),
         (("--negative", "\udcff"), "--negative: is not UTF-8"),
         (("--sampler", "\udcff"), "--sampler: is not UTF-8"),

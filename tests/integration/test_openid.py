@@ -195,7 +195,7 @@ async def test_a_client_that_moves_while_it_waits_for_a_token_fails_over_from_th
     async def fetch() -> str:
         if not moved:
             moved.append(True)
-            ours._next(0)  # as another call does that loses this server
+            ours._servers.move_on(0)  # as another call does that loses this server
         return service.token()
 
     async with (
