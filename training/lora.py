@@ -2,7 +2,7 @@
 
 It starts from the shipped weights (`restore.py`), draws neon tubes (`icons/neon.py`), and trains what peft adds to the
 layers of the denoiser; everything else stays as it is. The server takes the result as it takes any other
-(docs/models.md). Minutes on two cores; a run that was stopped goes on from its checkpoint.
+(docs/adapters.md). Minutes on two cores; a run that was stopped goes on from its checkpoint.
 
 Mixed precision, gradient checkpointing and several processes are options of accelerate, diffusers and torch. They do
 not change what is trained on: each step has the same drawings and the same noise, whatever their number and kind.

@@ -16,14 +16,13 @@ from safelight_server.app.server import serving
 from safelight_server.catalog import catalog
 from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.domain.component import Component
-from safelight_server.export.exporter import round_weights
+from safelight_server.export.exporter import export, round_weights
 from safelight_server.export.options import AdapterLayers, ExportFormat, ExportOptions
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load
 
 from load_tests.ports import free_port
 from tests.training import folders
-from tests.training.exports import exported_once
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 ROOM = 8
@@ -81,10 +80,13 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(session_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.set_num_threads(1)
-    place, trained = exported_once(session_folder, "pipeline", OPTIONS), tmp_path_factory.mktemp("trained")
+    place, trained = tmp_path_factory.mktemp("exported"), tmp_path_factory.mktemp("trained")
     pipeline = folders.pipeline()
+    pipeline.save_pretrained(place / "pipeline")
+    folders.spare_encoder(place / "pipeline")
+    export(place / "pipeline", place / "models", OPTIONS)
     round_weights(pipeline.unet)
     write_adapters(pipeline, trained)
     return Exported(place / "pipeline", place / "models", trained)

@@ -7,7 +7,6 @@ test-training` has the other families, and room for adapters in all layers.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from safelight_server.settings import load
 
 from tests.support.adapters import write_adapter
 from tests.training import folders
+from tests.training.cells import EVERY
 from tests.training.test_image_parity import picture_of
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
@@ -88,7 +88,7 @@ def sd3(place: Path) -> Options:
 
 
 IN_CI: tuple[Callable[[Path], Options], ...] = (everything, flux)
-KINDS = (*IN_CI, conditioned, sdxl, sd3) if os.environ.get("SAFELIGHT_ALL_PARITY") else IN_CI
+KINDS = (*IN_CI, conditioned, sdxl, sd3) if EVERY else IN_CI
 
 
 @dataclass(frozen=True)

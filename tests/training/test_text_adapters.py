@@ -6,7 +6,6 @@ CI has the embeddings of all families and the pictures of those that differ most
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +38,13 @@ from safetensors.torch import save_file
 
 from load_tests.ports import free_port
 from tests.training import folders
+from tests.training.cells import EVERY
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 ROOM, SEED, STEPS, SIZE = 8, 7, 4, 16
 PROMPT, NEGATIVE = "a red potion", "blurry, ugly!"
 OF_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 OF_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-EVERY = bool(os.environ.get("SAFELIGHT_ALL_PARITY"))
 Layers = Mapping[str, tuple[str, int]]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from safelight_server.sampler import INITIAL, gaussian
 
 from tests.conftest import eventually
 from tests.training import folders
+from tests.training.cells import EVERY
 from tests.training.serving import cancel_in_a_call, served_on_torch
 
 pytestmark = [
@@ -49,7 +49,6 @@ pytestmark = [
 ]
 PROMPT, SEED, STEPS, GUIDANCE, ROOM = "an old castle at night", 7, 4, 3.0, 8
 SIZES = ((16, 24), (32, 16))
-EVERY = bool(os.environ.get("SAFELIGHT_ALL_PARITY"))
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 JOINT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

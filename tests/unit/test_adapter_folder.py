@@ -164,7 +164,7 @@ def test_what_lies_in_the_folder_of_a_tenant_is_for_that_tenant(tmp_path: Path) 
     assert list(found["studio"]) == ["glow", "ink", "pixel"]
     assert found["studio"]["pixel"].rank == 3
     for tenant in ("", "other", "nobody"):
-        assert list(found[tenant]) == ["ink", "pixel"]
+        assert list(found[tenant]) == (["pixel"] if tenant == "other" else ["ink", "pixel"])
         assert found[tenant]["pixel"].rank == 1
     assert "is cut off" in adapters.misfit("small", "ink", "other")
     assert not adapters.misfit("small", "ink", "studio")
@@ -198,3 +198,46 @@ def test_a_folder_of_a_tenant_that_cannot_be_listed_stays_as_it_was(
 def test_a_folder_that_names_no_tenant_is_reported(tmp_path: Path) -> None:
     (tmp_path / "@two words" / "pixel").mkdir(parents=True)
     assert "has a name that requests cannot say" in why_not(tmp_path, "@two words")
+
+
+def test_a_link_that_cannot_be_followed_keeps_no_other_from_being_offered(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "ink")
+    for folder in (tmp_path, tmp_path / "@studio"):
+        folder.mkdir(exist_ok=True)
+        (folder / "bad").symlink_to("x" * 300)
+        (folder / "@bad").symlink_to("x" * 300)
+        (folder / "worse.safetensors").symlink_to("x" * 300)
+    assert list(library(tmp_path).of("small", "studio")) == ["ink"]
+
+
+def test_a_folder_of_adapters_may_itself_be_named_like_one_of_a_tenant(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "@shared", "ink")
+    assert list(library(tmp_path / "@shared").of("small")) == ["ink"]
+
+
+def test_what_cannot_be_an_adapter_takes_no_place_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safelight_server.catalog.adapters.MAX_ADAPTERS", 2)
+    for name in ("a.pt", "b.bin"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "no name").mkdir()
+    write_adapter(tmp_path, "zebra")
+    assert list(library(tmp_path).of("small")) == ["zebra"]
+
+
+def test_a_tenants_own_file_that_cannot_be_used_does_not_give_way_to_another(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "ink")
+    (tmp_path / "@studio").mkdir()
+    (tmp_path / "@studio" / "ink.safetensors").write_bytes(WHOLE[:-1])
+    adapters = library(tmp_path)
+    assert list(adapters.of("small", "other")) == ["ink"]
+    assert not adapters.of("small", "studio")
+    assert "is cut off" in adapters.misfit("small", "ink", "studio")
+
+
+def test_what_two_tenants_have_is_there_for_one_when_the_other_replaces_it(tmp_path: Path) -> None:
+    for tenant in ("@a", "@b"):
+        write_adapter(tmp_path / tenant, "ink")
+    adapters = library(tmp_path)
+    file = adapters.of("small", "b")["ink"]
+    write_adapter(tmp_path / "@a", "ink", seed=1)
+    assert adapters.weights("small", "ink", file.sha256).shape[0] == file.rank

@@ -656,7 +656,7 @@ async def test_what_is_in_memory_does_not_wait_for_the_files_of_others(tmp_path,
         write_adapter(tmp_path, name, seed=len(name) + ord(name[0]))
     adapters, pack = library(tmp_path), module.packed
     held, slow = (adapters.of("small")[name].sha256 for name in ("held", "slow"))
-    weights = await adapters.fetch("small", "held", held)
+    weights = await adapters.fetch("studio", "small", "held", held)
     going_on, begun = threading.Event(), threading.Event()
 
     def packed_slowly(*given):
@@ -666,9 +666,9 @@ async def test_what_is_in_memory_does_not_wait_for_the_files_of_others(tmp_path,
 
     monkeypatch.setattr(module, "packed", packed_slowly)
     try:
-        waiting = [asyncio.create_task(adapters.fetch("small", "slow", slow)) for _ in range(20)]
+        waiting = [asyncio.create_task(adapters.fetch("studio", "small", "slow", slow)) for _ in range(20)]
         assert await asyncio.to_thread(begun.wait, 30)
-        at_once = asyncio.create_task(adapters.fetch("small", "held", held))
+        at_once = asyncio.create_task(adapters.fetch("studio", "small", "held", held))
         for _ in range(10):
             await asyncio.sleep(0)
         assert at_once.done() and at_once.result() is weights

@@ -190,7 +190,19 @@ def test_controls_on_the_command_line():
     ]
 
 
-@pytest.mark.parametrize("text", ["edges", "=a.png", "edges=", "edges=a.png:x", "edges=a.png:1:0:1:2", "edges=:1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "edges",
+        "=a.png",
+        "edges=",
+        "edges=a.png:x",
+        "edges=a.png:1:0:1:2",
+        "edges=:1",
+        "edges=a.png:0.8:x",
+        "edges=a.png:1:",
+    ],
+)
 def test_a_control_that_is_not_understood_is_refused_on_the_command_line(text):
     with pytest.raises(CommandError, match="must be NAME=FILE, or NAME=FILE:SCALE:START:END"):
         parse_controls([text])

@@ -227,7 +227,7 @@ async def test_the_parts_of_an_adapter_go_to_the_networks_that_they_change(tmp_p
     catalog.adapters = library(tmp_path / "adapters")
     uses = [{"name": name, "scale": 0.5} for name in ("both", "style", "word")]
     spec = resolve_request(request(adapters=uses), catalog, LIMITS).spec
-    both, style, word = await load_adapters(catalog, spec)
+    both, style, word = await load_adapters(catalog, spec, "studio")
     assert [at.weights.shape for at in (both, style, word)] == [(2, OF_DENOISER.width)] * 3
     assert both.text is not None and word.text is not None and style.text is None
     whole = packed(parse(safetensors(matrices(2, 1) | text_matrices(2, 1))), BOTH)
@@ -245,7 +245,7 @@ async def test_a_replica_whose_model_has_no_room_does_not_find_an_adapter(tmp_pa
         other = Catalog([small_pipeline(tmp_path, adapters=room, inputs=INPUTS if room else {})])
         other.adapters = library(tmp_path / "adapters", None) if room else AdapterLibrary()
         with pytest.raises(NotFoundError, match="the adapter both is not there any more"):
-            await load_adapters(other, spec)
+            await load_adapters(other, spec, "studio")
 
 
 async def test_what_either_network_is_given_keeps_the_weights_in_memory(tmp_path):
@@ -259,7 +259,7 @@ async def test_what_either_network_is_given_keeps_the_weights_in_memory(tmp_path
 
     async def loaded(name: str) -> RowAdapter:
         [found] = await load_adapters(
-            catalog, resolve_request(request(adapters=[{"name": name}]), catalog, LIMITS).spec
+            catalog, resolve_request(request(adapters=[{"name": name}]), catalog, LIMITS).spec, "studio"
         )
         return found
 

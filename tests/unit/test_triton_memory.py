@@ -211,3 +211,40 @@ def test_weights_beside_the_network_count_for_its_size(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(num_bytes))
     assert weight_bytes([tmp_path / "a" / "model.onnx", tmp_path / "b" / "model.onnx"]) == 108
+
+
+async def test_a_region_that_is_in_use_for_a_moment_is_unregistered_after_it(monkeypatch):
+    """As Triton answers for a moment after the answer of a call; the other regions go at once."""
+    registrar = Registrar()
+    pool = RegionPool(registrar, max_quarantined=2, timeout_s=1.0)
+    first, second = [await pool.take(KEY, TENSORS, ROWS) for _ in range(2)]
+    for region in (first, second):
+        pool.give_back(region)
+    unregister, refusals = registrar.unregister, [first.name, first.name]
+
+    async def in_use(name: str, timeout_s: float) -> None:
+        if name in refusals:
+            refusals.remove(name)
+            raise CallFailed(Trouble.FAILED, "it is currently in use")
+        await unregister(name, timeout_s)
+
+    monkeypatch.setattr(registrar, "unregister", in_use)
+    await pool.close()
+    assert not registrar.known
+    assert not refusals
+
+
+async def test_a_server_that_has_gone_is_not_asked_again(monkeypatch):
+    registrar, asked = Registrar(), []
+    pool = RegionPool(registrar, max_quarantined=2, timeout_s=1.0)
+    regions = [await pool.take(KEY, TENSORS, ROWS) for _ in range(2)]
+    for region in regions:
+        pool.give_back(region)
+
+    async def gone(name: str, timeout_s: float) -> None:
+        asked.append(name)
+        raise CallFailed(Trouble.DEAD, "gone")
+
+    monkeypatch.setattr(registrar, "unregister", gone)
+    await pool.close()
+    assert len(asked) == 1

@@ -102,7 +102,9 @@ def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
         if len(key) > MAX_KEY_CHARS:
             raise AdapterFileError(f"has a key of {len(key)} characters, which is not understood")
         if key.endswith(".alpha") and tensor.size == 1:
-            alphas[_layer(key.removesuffix(".alpha"))] = float(tensor.reshape(()))
+            if (layer := _layer(key.removesuffix(".alpha"))) in alphas:
+                raise AdapterFileError(f"has {key} and the same alpha under another name")
+            alphas[layer] = float(tensor.reshape(()))
             continue
         if key.endswith(WHOLE) and not tensor.any():
             continue

@@ -151,7 +151,12 @@ class AdapterLibrary:
         """The adapters that fit a model, by name, in the order of their names: those for all, and a tenant's own."""
         offered = self._offered.get(model, {})
         shared, own = offered.get(FOR_ALL, {}), offered.get(tenant, {})
-        return dict(sorted({**shared, **own}.items())) if own else shared
+        broken = self._misfits.get(model, {}).get(tenant, {}) if tenant else {}
+        if not (own or broken):
+            return shared
+        # A tenant's own file that cannot be used does not give way to another one of its name without a word.
+        both = {**{name: file for name, file in shared.items() if name not in broken}, **own}
+        return dict(sorted(both.items()))
 
     def misfit(self, model: str, name: str, tenant: str = FOR_ALL) -> str:
         """Why an adapter that is there is not offered for a model; empty where a tenant may know nothing of it."""
@@ -173,7 +178,7 @@ class AdapterLibrary:
         offered: dict[str, dict[str, dict[str, AdapterFile]]] = {model: {} for model in self._rooms}
         misfits: dict[str, dict[str, dict[str, str]]] = {model: {} for model in self._rooms}
         for path, (_, found) in files.items():
-            tenant, reasons = _tenant(path), dict[str, str]()
+            tenant, reasons = self._tenant(path), dict[str, str]()
             for model in self._rooms:
                 why = found if isinstance(found, str) else self._misfit(found, model)
                 if isinstance(found, str) or why:
@@ -184,7 +189,7 @@ class AdapterLibrary:
             if files[path] != self._files.get(path):
                 self._tell(path, found, reasons)
         for path in self._files.keys() - files.keys():
-            log.info("adapter_removed", **_told(path))
+            log.info("adapter_removed", **self._told(path))
         self._files, self._offered, self._misfits = files, offered, misfits
 
     def _misfit(self, file: AdapterFile, model: str) -> str:
@@ -198,23 +203,32 @@ class AdapterLibrary:
     def _room(self, file: AdapterFile, model: str) -> AdapterRoom:
         return joined_room(self._rooms[model], self._text_rooms.get(model) if file.changes_text else None)
 
+    def _tenant(self, path: Path) -> str:
+        """The tenant whose callers alone an adapter is for, or `FOR_ALL`."""
+        found = None if path.parent == self._folder else OF_TENANT.fullmatch(path.parent.name)
+        return FOR_ALL if found is None else found["tenant"]
+
+    def _told(self, path: Path) -> dict[str, str]:
+        """What logs call an adapter."""
+        return {"adapter": _name(path)} | ({"tenant": tenant} if (tenant := self._tenant(path)) else {})
+
     def _tell(self, path: Path, found: AdapterFile | str, reasons: Mapping[str, str]) -> None:
         """Logs what was found. `reasons` why not, by the models that an adapter does not fit."""
         models = [model for model in self._rooms if model not in reasons]
         if isinstance(found, str):
-            log.warning("adapter_not_offered", **_told(path), file=str(path), reason=_shown(found))
+            log.warning("adapter_not_offered", **self._told(path), file=str(path), reason=_shown(found))
         elif models:
             facts = {"rank": found.rank, "components": found.components, "sha256": found.sha256}
-            log.info("adapter_offered", **_told(path), models=models, **facts)
+            log.info("adapter_offered", **self._told(path), models=models, **facts)
         else:
-            log.warning("adapter_not_offered", **_told(path), reasons=dict(reasons))
+            log.warning("adapter_not_offered", **self._told(path), reasons=dict(reasons))
 
     def _look(self) -> dict[Path, tuple[object, AdapterFile | str]] | None:
         """What is in the folder; None: it cannot be read now, and what was there before stays."""
         assert self._folder is not None
         if (there := self._listed(self._folder)) is None:
             return None
-        tenants = sorted(path for path in there if OF_TENANT.fullmatch(path.name) and path.is_dir())
+        tenants = sorted(path for path in there if OF_TENANT.fullmatch(path.name) and _is_folder(path))
         found = self._found_in(self._folder, [path for path in there if path not in tenants])
         for folder in tenants:
             if (there := self._listed(folder)) is None:
@@ -238,8 +252,8 @@ class AdapterLibrary:
         return there
 
     def _found_in(self, folder: Path, there: Iterable[Path]) -> dict[Path, tuple[object, AdapterFile | str]]:
-        # Of one name the folder comes first.
-        paths = sorted(filter(_is_adapter, there), key=lambda path: (_name(path), path.suffix == SUFFIX))
+        # What cannot be an adapter takes no place of one that can; of one name the folder comes first.
+        paths = sorted(filter(_is_adapter, there), key=lambda path: (not _may_fit(path), _name(path), _is_file(path)))
         if len(paths) > MAX_ADAPTERS and len(paths) != self._num_there.get(folder):
             log.warning("too_many_adapters", folder=str(folder), offered=MAX_ADAPTERS, there=len(paths))
         self._num_there[folder] = len(paths)
@@ -279,7 +293,7 @@ class AdapterLibrary:
         return AdapterFile(name, path, _sha256(data, config), {at: layer.shape for at, layer in layers.items()})
 
     def _read(self, path: Path) -> tuple[bytes, bytes]:
-        is_folder = path.is_dir()
+        is_folder = _is_folder(path)
         files = sorted(file for file in path.iterdir() if file.name[0] != ".") if is_folder else [path]
         weights = [file for file in files if file.suffix == SUFFIX]
         if not weights and any(file.suffix in PICKLES for file in files):
@@ -291,10 +305,14 @@ class AdapterLibrary:
         settings = read_regular_file(config, MAX_CONFIG_BYTES) if is_folder and config.exists() else b""
         return read_regular_file(weights[0], self._max_bytes), settings
 
-    async def fetch(self, model: str, name: str, sha256: str) -> FloatArray:
-        """Like `weights`, in a thread where a file has to be read. What is in memory waits for no file of others."""
+    async def fetch(self, tenant: str, model: str, name: str, sha256: str) -> FloatArray:
+        """Like `weights`, in a thread where a file has to be read. What is in memory waits for no file of others.
+
+        Args:
+            tenant: whose turn it is to read a file; tenants take turns.
+        """
         if (known := self._held(model, sha256)) is None:
-            known = await self._one_at_a_time.run(model, self.weights, model, name, sha256)
+            known = await self._one_at_a_time.run(tenant, self.weights, model, name, sha256)
         return known
 
     def weights(self, model: str, name: str, sha256: str) -> FloatArray:
@@ -323,20 +341,23 @@ class AdapterLibrary:
             return known
 
     def _load(self, model: str, name: str, sha256: str) -> FloatArray:
-        named = (files[name] for files in self._offered.get(model, {}).values() if name in files)
-        file = next((file for file in named if file.sha256 == sha256), None)
-        if file is None:
-            raise AdapterFileError("is not there any more, or its file is another now")
-        room = self._room(file, model)
-        with self._counting:
-            self._make_room(4 * file.rank * room.width)
-        try:
-            data, config = self._read(file.path)
-        except OSError as error:
-            raise AdapterFileError(f"cannot be read: {error.strerror}") from None
-        if hashlib.sha256(data + config).hexdigest() != sha256:
-            raise AdapterFileError("is another file now")
-        return packed(parse(data, config), room)
+        named = [files[name] for files in self._offered.get(model, {}).values() if name in files]
+        why = "is not there any more, or its file is another now"
+        for file in named:  # several tenants may have it
+            if file.sha256 != sha256:
+                continue
+            room = self._room(file, model)
+            with self._counting:
+                self._make_room(4 * file.rank * room.width)
+            try:
+                data, config = self._read(file.path)
+            except OSError as error:
+                why = f"cannot be read: {error.strerror}"
+                continue
+            if _sha256(data, config) == sha256:
+                return packed(parse(data, config), room)
+            why = "is another file now"
+        raise AdapterFileError(why)
 
     def _make_room(self, num_bytes: int) -> None:
         while sum(array.nbytes for array in self._alive.values()) + num_bytes > self._max_bytes:
@@ -347,7 +368,24 @@ class AdapterLibrary:
 
 def _is_adapter(path: Path) -> bool:
     """Whether something in the folder of adapters should be one. Hidden files are other programs' own."""
-    return not path.name.startswith(".") and (path.is_dir() or path.suffix in (SUFFIX, *PICKLES))
+    return not path.name.startswith(".") and (path.suffix in (SUFFIX, *PICKLES) or _is_folder(path))
+
+
+def _is_folder(path: Path) -> bool:
+    """`Path.is_dir` raises for links whose target's name is too long, and for disks that have gone."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix == SUFFIX
+
+
+def _may_fit(path: Path) -> bool:
+    """Whether something may be an adapter by its name."""
+    return path.suffix not in PICKLES and NAME.fullmatch(_name(path)) is not None
 
 
 def _name(path: Path) -> str:
@@ -355,22 +393,11 @@ def _name(path: Path) -> str:
     return path.name.removesuffix(SUFFIX)
 
 
-def _tenant(path: Path) -> str:
-    """The tenant whose callers alone an adapter is for, or `FOR_ALL`."""
-    found = OF_TENANT.fullmatch(path.parent.name)
-    return FOR_ALL if found is None else found["tenant"]
-
-
-def _told(path: Path) -> dict[str, str]:
-    """What logs call an adapter."""
-    return {"adapter": _name(path)} | ({"tenant": tenant} if (tenant := _tenant(path)) else {})
-
-
 def _stamp(path: Path) -> object:
     """What changes when a file, or one in a folder, is written, replaced or removed; None: it cannot be seen now."""
     found: list[object] = []
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = sorted(path.iterdir()) if _is_folder(path) else [path]
     except OSError:
         return None
     for file in files:

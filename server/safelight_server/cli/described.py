@@ -29,7 +29,7 @@ def described(model: Model) -> Iterator[str]:
         f" at most {limits.max_num_inference_steps} steps, guidance {limits.max_guidance_scale:g}"
     )
     yield f"    samplers {', '.join(sampler.name for sampler in model.samplers)}"
-    if limits.max_adapter_rank:
+    if limits.max_adapter_rank or model.adapters:
         yield f"    adapters {_adapters(model)}"
     if model.controls:
         yield f"    controls {', '.join(control.name for control in model.controls)} (--control)"

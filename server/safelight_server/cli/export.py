@@ -137,13 +137,24 @@ def export(
     exported = folder / "pipeline.json"
     if quantize and exported.is_file():
         of_exports = {
-            "--adapter-rank": adapter_rank,
-            "--control": control,
-            "--image-prompt": image_prompt,
-            "--sizes": sizes,
+            "--name": name,
+            "--revision": revision != "1",
+            "--licence": licence,
+            "--description": description,
             "--steps": steps,
             "--guidance-scale": guidance_scale,
             "--sampler": sampler,
+            "--sizes": sizes,
+            "--max-rows": max_rows != MAX_ROWS,
+            "--variant": variant,
+            "--config": config,
+            "--format": format is not ExportFormat.ONNX,
+            "--adapter-rank": adapter_rank,
+            "--no-text-adapters": not text_adapters,
+            "--control": control,
+            "--image-prompt": image_prompt,
+            "--version": version != 1,
+            "--replace": replace,
             "--models-dir": models_dir,
         }
         if given := [option for option, value in of_exports.items() if value]:

@@ -228,7 +228,7 @@ def parse_controls(given: Sequence[str]) -> list[Control]:
     for text in given:
         name, _, rest = text.partition("=")
         file, *numbers = rest.split(":")
-        while numbers and not _is_number(numbers[0]):  # the file's name has a colon
+        while not all(map(_is_number, numbers)):  # the file's name has a colon
             file = f"{file}:{numbers.pop(0)}"
         source = _picture(file)
         is_misspelt = ":" in file and not Path(file).exists()

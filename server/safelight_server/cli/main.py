@@ -323,7 +323,7 @@ def main() -> None:
         faults = "; ".join(f"{of(field)}: {what}" for field, what in error.violations.items())
         unheard = error.code is grpc.StatusCode.UNAVAILABLE and not error.reason  # it is no server's refusal
         hint = "; check --target, and whether `safelight serve` runs there" if unheard else ""
-        _die(faults or f"{error}{hint}", 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
+        _die(faults or f"{error}{hint}", 2 if faults or error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except CommandError as error:

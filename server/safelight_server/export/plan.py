@@ -364,7 +364,7 @@ def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Fi
         return {name: files.num_values for name, files in found.items()}
     fault, _ = weights.check(checkpoint)
     if not fault and weights.is_adapter(checkpoint):
-        fault = "is an adapter (LoRA) and no model: put it into a folder in MODELS_DIR/adapters (docs/adapters.md)"
+        fault = "is an adapter (LoRA) and no model: put it into MODELS_DIR/adapters (docs/adapters.md)"
     if fault:
         findings.faults.append(f"{checkpoint} {fault}")
     return {}

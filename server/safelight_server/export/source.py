@@ -303,7 +303,6 @@ _NUMBERS = (
     "d_model",
     "latent_channels",
     "in_channels",
-    "patch_size",
     "pos_embed_max_size",
     "max_position_embeddings",
     "num_train_timesteps",
@@ -321,6 +320,7 @@ _LISTS = (
 )
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_NUMBERS, _is_whole, "a whole number"),
+    (("patch_size",), lambda value: _is_whole(value) and value > 0, "a whole number from 1 on"),
     (("beta_start", "beta_end"), lambda value: isinstance(value, int | float) and 0 <= value < 1, "from 0 to below 1"),
     (_LISTS, lambda value: value is None or _are_whole(value), "a list of whole numbers"),
     (

@@ -36,9 +36,9 @@ def staging_folder(models: Path) -> Iterator[Path]:
                 held.enter_context(_locked(place))
             yield place
     except OSError as error:
-        raise ExportError(
-            f"--models-dir {models}: cannot write {error.filename or 'a file'}: {error.strerror or error}"
-        ) from None
+        about = Path(os.fspath(error.filename)) if isinstance(error.filename, str) else models
+        what = "write" if about.is_relative_to(models) else "read or write"
+        raise ExportError(f"--models-dir {models}: cannot {what} {about}: {error.strerror or error}") from None
 
 
 def _remove_left(models: Path) -> None:

@@ -83,6 +83,13 @@ def check(file: Path) -> tuple[str, int]:
     """What is wrong with a file of weights, empty where nothing is, and how many values a safetensors file has."""
     if not file.is_file():
         return "is missing", 0
+    try:
+        return _check(file)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}", 0
+
+
+def _check(file: Path) -> tuple[str, int]:
     with file.open("rb") as stream:
         start = stream.read(len(LFS))
         if start == LFS:

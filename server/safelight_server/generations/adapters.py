@@ -12,7 +12,7 @@ from safelight_server.engine.adapters import PromptAdapter, RowAdapter
 RETRY_S = 1.0
 
 
-async def load_adapters(catalog: Catalog, spec: Spec) -> tuple[RowAdapter, ...]:
+async def load_adapters(catalog: Catalog, spec: Spec, tenant: str) -> tuple[RowAdapter, ...]:
     """The adapters of a spec, with their weights, which are read in a thread.
 
     Raises:
@@ -24,7 +24,7 @@ async def load_adapters(catalog: Catalog, spec: Spec) -> tuple[RowAdapter, ...]:
     width = 0 if room is None else room.width  # none: another replica has accepted it, and no adapter is found below
     for adapter in spec.adapters:
         try:
-            weights = await catalog.adapters.fetch(spec.model, adapter.name, adapter.sha256)
+            weights = await catalog.adapters.fetch(tenant, spec.model, adapter.name, adapter.sha256)
         except AdapterFileError as error:
             what = f"the adapter {adapter.name} {error}; ListModels shows those that there are"
             violation = FieldViolation("spec.adapters", what)

@@ -159,7 +159,7 @@ class Planner:
         except StoreError:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
-        adapters = await load_adapters(self._catalog, generation.request.spec)
+        adapters = await load_adapters(self._catalog, generation.request.spec, generation.caller.tenant)
         plans = await self._plan(generation, branched_from, adapters)
         if image is None and image_prompt is None and not adapters and not controls:
             return plans
@@ -322,7 +322,7 @@ class Planner:
         controls: tuple[RowControl, ...] = ()
         try:
             image, controls, image_prompt = await self._load_images(generation)
-            adapters = await load_adapters(self._catalog, generation.request.spec)
+            adapters = await load_adapters(self._catalog, generation.request.spec, generation.caller.tenant)
         except (NotFoundError, UnavailableError) as error:
             fault = error
         except InvalidRequestError as error:  # this replica has other bounds than the one that accepted it
@@ -345,7 +345,7 @@ class Planner:
 
         An output whose latent is gone begins from noise and is a MISS, unless it is a branch, which fails.
         """
-        generation.picture_bytes = _picture_bytes(plans)
+        generation.picture_bytes = 0
         for output, plan in zip(generation.outputs, plans, strict=True):
             missing = plan.gone or plan.fault is not None
             if not output.idle or (missing and not generation.owned):  # its owner may have what is missing here
@@ -364,6 +364,7 @@ class Planner:
             if execution is None:
                 execution = self._create(generation, output, plan, key, again=True)
                 self._executions.publish(execution)
+                generation.picture_bytes = _picture_bytes(plans)
             generation.enter([output], [execution])
 
     def start_keys(self, generation: Generation, starts: Sequence[bool]) -> list[str]:

@@ -59,7 +59,7 @@ def compared(drawn: Sequence[DrawnTwice], options: QualityOptions) -> QualityGat
     agreement = None
     if (judge := options.judge) is not None:
         same = [same_labels(judge, at.prompts, at.of_float, at.pictures).ravel() for at in drawn]
-        agreement = round(float(np.concatenate(same).mean()), 4)
+        agreement = round(min(float(at.mean()) for at in same), 4)
     return QualityGate(
         num_pictures=sum(len(at) for at in found),
         psnr_db=round(min(statistics.median(at) for at in found), 2),

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +30,7 @@ from safelight_server.domain.picture import Pixels
 from safelight_server.export import memory
 from safelight_server.export.manifest import readable
 from safelight_server.export.source import ExportError
+from safelight_server.export.staging import staging_folder
 from safelight_server.quantization import conditions, network, quality
 from safelight_server.quantization.conditions import Wish
 from safelight_server.quantization.judges import Pictures
@@ -86,8 +86,8 @@ def quantize(manifest: Path, options: QualityOptions, report: Report = lambda li
     try:
         pipeline = load_pipeline(manifest, models / "repository")
         quality.require_quantizable(str(manifest.parent), pipeline.manifest)
-        with tempfile.TemporaryDirectory(dir=models, prefix=".quantize-") as scratch:
-            return _quantize(manifest, pipeline, models, Path(scratch), options, report)
+        with staging_folder(models) as staged:
+            return _quantize(manifest, pipeline, models, staged, options, report)
     except (ManifestError, RuntimeFailure, NotFiniteError) as error:
         raise ExportError(str(error)) from None
 
@@ -220,9 +220,10 @@ def _compare(
     Raises:
         ExportError: they differ too much.
     """
-    prompts = [texts[-1 - number % len(texts)] for number in range(options.num_pictures)]
-    report(f"drawing {options.num_pictures} pictures with each denoiser")
-    wishes = conditions.wishes(pipeline, prompts, range(options.num_pictures), own)
+    count = conditions.least_wishes(pipeline.manifest, options.num_pictures)
+    prompts = [texts[-1 - number % len(texts)] for number in range(count)]
+    report(f"drawing {count} pictures with each denoiser")
+    wishes = conditions.wishes(pipeline, prompts, range(count), own)
     of_float, of_int8 = (_drawn(OfflinePipeline(pipeline, at), wishes) for at in (None, target))
     prompts_of = [[wish.prompt for wish in of_kind] for of_kind in _by_kind(wishes)]
     found = quality.compared(list(map(DrawnTwice, prompts_of, of_float, of_int8)), options)

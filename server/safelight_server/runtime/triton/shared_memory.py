@@ -18,6 +18,7 @@ A position that nothing was written to holds zeros.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import secrets
@@ -34,10 +35,12 @@ import structlog
 
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.runtime.base import Inputs, StableRows
-from safelight_server.runtime.triton.client import CallFailed
+from safelight_server.runtime.triton.client import CallFailed, Trouble
 from safelight_server.runtime.triton.models import ModelKey, ServedModel, Shapes, Tensor
 
 log = structlog.get_logger(__name__)
+
+UNREGISTER_PAUSES_S = (0.0, 0.02, 0.1, 0.5, 1.0)
 
 RegionKey = tuple[ModelKey, Shapes]
 """A model, and the shapes of its open inputs."""
@@ -241,15 +244,31 @@ class RegionPool:
         idle = [region for regions in self._idle.values() for region in regions]
         self._idle.clear()
         try:
-            for region in idle:
-                await self._registrar.unregister(region.name, self._timeout_s)
-        except CallFailed as failure:
-            log.info("not_unregistered", error=str(failure))
+            await self._unregister([region.name for region in idle])
         finally:
             for region in [*idle, *self._busy, *self._quarantine]:
                 region.unlink()
             self._busy.clear()
             self._quarantine.clear()
+
+    async def _unregister(self, names: Sequence[str]) -> None:
+        """Unregisters regions. Triton refuses for a moment after an answer, when a region is still in use."""
+        for pause_s in UNREGISTER_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            failures: dict[str, CallFailed] = {}
+            for name in names:
+                try:
+                    await self._registrar.unregister(name, self._timeout_s)
+                except CallFailed as failure:
+                    failures[name] = failure
+                    if failure.trouble is not Trouble.FAILED:
+                        break  # the server has gone, or does not answer
+            if not failures:
+                return
+            names = list(failures)
+            if any(failure.trouble is not Trouble.FAILED for failure in failures.values()):
+                break
+        log.info("not_unregistered", regions=names, error=str(failures[names[0]]))
 
 
 def layout(model: ServedModel) -> list[Tensor] | None:
