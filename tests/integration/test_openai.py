@@ -115,7 +115,7 @@ async def test_adapters(adapted, client, server):
         drawn(unheard_of=1),
         client.images.edit(image=PHOTO, prompt="x", extra_body={"adapters": {"a": 1}}),
     ):
-        with pytest.raises(openai.BadRequestError) as caught:
+        with pytest.raises(openai.NotFoundError) as caught:
             await refused
         assert caught.value.param == "adapters"
         assert "it has ink, pixel" in caught.value.message

@@ -18,6 +18,7 @@ from tests.conftest import eventually
 from tests.triton.support import REPOSITORY, ROOT, TritonServer
 
 MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
+NUM_CANCELLED = 24
 Feed = dict[str, np.ndarray]
 
 
@@ -124,20 +125,23 @@ async def test_a_wrong_shape_is_refused(client: triton_grpc.InferenceServerClien
 async def test_cancelled_requests_are_not_computed(
     triton: TritonServer, client: triton_grpc.InferenceServerClient
 ) -> None:
-    """While one large batch computes, waiting requests are cancelled; later ones are answered."""
+    """While large batches compute, waiting requests are cancelled; later ones are answered.
+
+    Some are computed until the server hears of it, on a busy machine more of them.
+    """
     model = "icons_denoiser"
     small = example(model, 1)
     assert same(await ask(client, model, small), model, small)
     succeeded, failed = outcomes(triton, model)
     large = example(model, 64)
-    calls = [asyncio.ensure_future(ask(client, model, large)) for _ in range(8)]
+    calls = [asyncio.ensure_future(ask(client, model, large)) for _ in range(NUM_CANCELLED)]
     await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     for call in calls:
         call.cancel()
     ended = await asyncio.gather(*calls, return_exceptions=True)
-    assert sum(isinstance(end, asyncio.CancelledError) for end in ended) >= 6, "of 8, of which one was waited for"
+    assert sum(isinstance(end, asyncio.CancelledError) for end in ended) >= NUM_CANCELLED - 4
     assert same(await ask(client, model, small), model, small)
-    await eventually(lambda: sum(outcomes(triton, model)) == succeeded + failed + 9)
+    await eventually(lambda: sum(outcomes(triton, model)) == succeeded + failed + NUM_CANCELLED + 1)
     assert outcomes(triton, model)[1] - failed >= 4, "cancelled requests were computed"
 
 

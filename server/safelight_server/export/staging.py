@@ -7,6 +7,7 @@ lock on its folder while it lives, so that no other export removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from safelight_server.export.source import ExportError
 
 PREFIX = ".export-"
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -37,7 +39,8 @@ def staging_folder(models: Path) -> Iterator[Path]:
             yield place
     except OSError as error:
         about = Path(os.fspath(error.filename)) if isinstance(error.filename, str) else models
-        what = "write" if about.is_relative_to(models) else "read or write"
+        is_write = about.is_relative_to(models) or error.errno in OF_WRITING
+        what = "write" if is_write else "read or write"
         raise ExportError(f"--models-dir {models}: cannot {what} {about}: {error.strerror or error}") from None
 
 
