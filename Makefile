@@ -94,7 +94,7 @@ test: setup ## Run the tests that need nothing but the virtual environment (4 to
 	$(PY) -m pytest -q tests/unit tests/integration
 
 .PHONY: test-training
-test-training: .venv-training/.installed ## Run the tests against torch and diffusers (in two processes; 22 min beside other work, alone less)
+test-training: .venv-training/.installed ## Run the tests against torch and diffusers (8 min, in two processes)
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 -n 2 --dist loadfile tests/training  # warnings of torch and diffusers are not ours to mend
 
