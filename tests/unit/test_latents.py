@@ -439,7 +439,12 @@ def test_rows_bring_the_tokens_of_their_image_prompt():
 
 def test_an_image_prompt_does_not_stay_in_a_slot():
     latents = Latents(1, SHAPE, CONTEXTS, 50, PROMPTED, image_prompt_room=PROMPT_ROOM)
-    latents.release(latents.claim(table(), 1, 1.0, [context(1)], image_prompt=image_prompt(5, 0.5)))
+    given = image_prompt(5, 0.5)
+    held = weakref.ref(given.tokens)
+    latents.release(latents.claim(table(), 1, 1.0, [context(1)], image_prompt=given))
+    del given
+    gc.collect()
+    assert held() is None, "its memory is free before another output has the slot"
     slot = latents.claim(table(), 1, 1.0, [context(1)])
     rows = arrays(latents.rows(np.array([slot]), np.array([0]), np.array([0])))
     assert not rows["t"].any()
