@@ -241,3 +241,11 @@ def test_what_two_tenants_have_is_there_for_one_when_the_other_replaces_it(tmp_p
     file = adapters.of("small", "b")["ink"]
     write_adapter(tmp_path / "@a", "ink", seed=1)
     assert adapters.weights("small", "ink", file.sha256).shape[0] == file.rank
+
+
+def test_an_alpha_under_two_names_is_refused() -> None:
+    given = matrices(2)
+    layer = next(iter(given)).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+    alphas = {f"{layer}.alpha": np.float32(1), f"{layer.removeprefix('base_model.model.')}.alpha": np.float32(2)}
+    with pytest.raises(AdapterFileError, match="the same alpha under another name"):
+        parse(safetensors(given | alphas))

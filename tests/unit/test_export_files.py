@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_a_list_of_parts_that_is_none_is_a_fault(tmp_path: Path, index: str) -> 
         ("in_channels", "4", "a whole number"),
         ("num_train_timesteps", float("inf"), "a whole number"),
         ("steps_offset", -1, "a whole number"),
+        ("patch_size", 0, "a whole number from 1 on"),
         ("beta_start", -0.1, "from 0 to below 1"),
         ("block_out_channels", 8, "a list of whole numbers"),
         ("block_out_channels", [], "a list of whole numbers"),
@@ -106,3 +108,14 @@ def test_a_header_of_any_form_is_judged(entry: object, tmp_path_factory: pytest.
         file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
         fault, _ = weights.check(file)
         assert isinstance(fault, str)
+
+
+def test_a_file_of_weights_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+
+    def denied(*given: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert weights.check(file) == ("cannot be read: Permission denied", 0)
